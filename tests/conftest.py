@@ -1,0 +1,47 @@
+"""What every test has: run-time shape checks, one thread a worker, and a seed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def checks_shapes(config: pytest.Config) -> bool:
+    """Whether this run checks shapes and types at run time: all do but `pytest -m compiled`.
+
+    The checks wrap every function of the package, and torch.compile and torch.export do not trace through the wrapping.
+    """
+    return config.option.markexpr.strip() != "compiled"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Wrap the package before anything imports it, and share the cores among the workers."""
+    torch.set_num_threads(1)
+    if checks_shapes(config):
+        from jaxtyping import install_import_hook
+
+        # Something imported earlier (a plugin, say) would go unchecked without a word.
+        assert "longstate" not in sys.modules, "longstate was imported before its import hook"
+        config.add_cleanup(install_import_hook("longstate", "beartype.beartype").uninstall)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot work beside the run-time checks, saying how to run it."""
+    if checks_shapes(config):
+        for item in items:
+            if item.get_closest_marker("compiled"):
+                item.add_marker(pytest.mark.skip(reason="needs a run of its own: pytest -m compiled"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    """Give every test the same random numbers, whichever tests ran before it in the same worker.
+
+    The generator's state is put back, so that a test cannot lean on another's draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield 0
