@@ -1,0 +1,1 @@
+"""Data as the programs read it."""

@@ -1,0 +1,10 @@
+"""Operators: one public function each, a readable reference, and fast backends that agree with it."""
+
+from . import convolution as convolution
+from ._register import backends as backends
+from .linear_attention import linear_attention as linear_attention
+from .linear_attention import linear_attention_decay as linear_attention_decay
+from .scan import scan as scan
+from .scan import scan_decay as scan_decay
+from .selective_scan import selective_scan as selective_scan
+from .selective_scan import selective_scan_decay as selective_scan_decay

@@ -1,0 +1,120 @@
+"""How an op becomes one node for autograd, torch.compile and torch.export, whatever backend computes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._errors import nearest
+from .._shapes import Tensor
+
+_LIBRARY = torch.library.Library("longstate", "DEF")
+_LOGGER = logging.getLogger("longstate.ops")
+_BACKENDS: dict[str, tuple[str, ...]] = {}
+_CHOSEN: set[str] = set()
+
+# Why the compiled backends of the house are not there. A backend that exists is registered with its op instead.
+_ABSENT = {
+    "cpu": "this build has no compiled CPU kernels",
+    "triton": "this build has no Triton kernels",
+}
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Return, for each op, what each backend is doing: "in use", "on request", or why it is not available."""
+    return {
+        op: {
+            "reference": "on request",
+            **{name: "in use" if name == names[0] else "on request" for name in names},
+            **{name: f"not available: {why}" for name, why in _ABSENT.items() if name not in names},
+        }
+        for op, names in _BACKENDS.items()
+    }
+
+
+def register(
+    op: str,
+    schema: str,
+    *,
+    forward: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register an op that takes its backend's name as the last argument.
+
+    Args:
+        op: Its name in ``torch.ops.longstate``.
+        schema: Arguments (without the backend) and results, in the syntax of ``torch.library``.
+        forward: The backends, the preferred one first.
+        fake: Results without values, for tracing.
+        setup_context: What to keep for the backward pass.
+        backward: Gradients of the arguments.
+    """
+    _BACKENDS[op] = tuple(forward)
+    define(op, schema, forward, fake)
+    torch.library.register_autograd(f"longstate::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def define(op: str, schema: str, forward: dict[str, Callable[..., Any]], fake: Callable[..., Any]) -> None:
+    """Define an op without gradient, such as the backward pass of another."""
+    arguments, results = schema.split(" -> ")
+    _LIBRARY.define(f"{op}({arguments}, str backend) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def call(*values: Any) -> Any:
+        *arguments, backend = values
+        return _each(Tensor.contiguous, forward[backend](*arguments))
+
+    def call_fake(*values: Any) -> Any:
+        return _each(lambda x: x.new_empty(x.shape), fake(*values[:-1]))
+
+    _LIBRARY.impl(op, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longstate::{op}", call_fake, lib=_LIBRARY)
+
+
+def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
+    """Compiled graphs rely on the strides that the fake promised: results are contiguous, always."""
+    return function(results) if isinstance(results, Tensor) else tuple(function(x) for x in results)
+
+
+def choose(op: str, backend: str | None) -> str:
+    """Return the backend to run: the preferred one, or the one asked for by name.
+
+    Raises:
+        ValueError: If the one asked for does not exist or is not available.
+    """
+    names = _BACKENDS[op]
+    if backend is None:
+        if op not in _CHOSEN and not torch.compiler.is_compiling():
+            _CHOSEN.add(op)
+            _LOGGER.info("%s: backend %s", op, names[0])
+        return names[0]
+    if backend in names or backend == "reference":
+        return backend
+    if backend in _ABSENT:
+        raise ValueError(f"{op}(backend={backend!r}): not available: {_ABSENT[backend]}. Use {names[0]!r}, or leave it out.")
+    raise ValueError(f"{op}(backend={backend!r}): there is no such backend.{nearest(backend, ('reference', *names))}")
+
+
+def expect(op: str, name: str, x: Tensor, *wanted: tuple[int, ...]) -> None:
+    """Check a shape against the shapes allowed.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if all(tuple(x.shape) != shape for shape in wanted):
+        allowed = " or ".join(str(list(shape)) for shape in wanted)
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, wanted {allowed} to go with the other arguments")
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """Return the type in which states and decays are kept: that of the arguments together, float32 at least."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+

@@ -1,0 +1,167 @@
+"""Causal depthwise convolutions, short and long, with the inputs that came before as their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad, silu
+
+from ..._errors import nearest
+from ..._shapes import Bool, Float, Tensor
+from ...timeline import Compaction, Timeline, segments, zero_where_invalid
+from .._register import at_least_float32, choose, define, expect, register
+from . import chunked, reference
+
+__all__ = ["long", "short"]
+
+
+def short(
+    u: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d k"],
+    bias: Float[Tensor, " d"] | None = None,
+    initial: Float[Tensor, "b window d"] | None = None,
+    *,
+    activation: str | None = None,
+    start: Bool[Tensor, "b t"] | None = None,
+    valid: Bool[Tensor, "b t"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b window d"]]:
+    """Convolve each channel with a few taps, the last of which meets the present step.
+
+        y_t = activation(bias + Σ_{i<k} weight_{k−1−i} ∘ u_{t−i})
+
+    Args:
+        u: Inputs.
+        weight: Taps, the oldest first (the layout of ``torch.nn.Conv1d`` without its middle axis).
+        bias: Added before the activation.
+        initial: The last k − 1 inputs before these, the oldest first; zero when absent.
+        activation: "silu" or None.
+        start: Where a new sequence begins; its window does not reach behind it.
+        valid: Where the step counts; windows skip other steps, and the output there is zero.
+        backend: A backend by name (``ops.backends()``); the best there is when absent.
+
+    Returns:
+        Outputs, and the last k − 1 inputs that counted; both in the type of ``u``.
+
+    Raises:
+        ValueError: If shapes do not go together, or the activation or the backend does not exist.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"convolution.short(activation={activation!r}): none such.{nearest(activation, ['silu'])}")
+    return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, Timeline(None, start, valid), backend)
+
+
+def long(
+    u: Float[Tensor, "b t d"],
+    kernel: Float[Tensor, "d l"],
+    initial: Float[Tensor, "b window d"] | None = None,
+    *,
+    start: Bool[Tensor, "b t"] | None = None,
+    valid: Bool[Tensor, "b t"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b window d"]]:
+    """Convolve each channel with a long kernel, the first tap of which meets the present step.
+
+        y_t = Σ_{i<l} kernel_i ∘ u_{t−i}
+
+    Args:
+        u: Inputs.
+        kernel: Taps, the newest first.
+        initial: The last l − 1 inputs before these, the oldest first; zero when absent.
+        start: Where a new sequence begins; nothing before it is seen.
+        valid: Where the step counts; others are skipped, and the output there is zero.
+        backend: A backend by name (``ops.backends()``); the best there is when absent.
+
+    Returns:
+        Outputs, and the last l − 1 inputs that counted; both in the type of ``u``.
+
+    Raises:
+        ValueError: If shapes do not go together or the backend does not exist.
+    """
+    return _convolve("long_convolution", u, kernel, None, initial, None, Timeline(None, start, valid), backend)
+
+
+def _convolve(
+    op: str,
+    u: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    activation: str | None,
+    timeline: Timeline,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Put the state before the inputs, bring the steps that count together, convolve, and take the new state."""
+    batch, length, width = u.shape
+    before = taps.shape[1] - 1
+    expect(op, "taps", taps, (width, before + 1))
+    if bias is not None:
+        expect(op, "bias", bias, (width,))
+    if initial is not None:
+        expect(op, "initial", initial, (batch, before, width))
+    dtype = at_least_float32(u, taps)
+    _, start, valid = timeline.expand(batch, length)
+    compaction = None if valid is None else Compaction.of(valid)
+    inputs = u
+    if compaction is not None:
+        inputs = compaction.compact(zero_where_invalid(u, valid))
+        start = None if start is None else compaction.start(start)
+    padded = pad(inputs, (0, 0, before, 0)) if initial is None else torch.cat([initial.to(u.dtype), inputs], 1)
+    segment = None if start is None else pad(segments(start), (before, 0))
+
+    backend = choose(op, backend)
+    if backend == "reference":
+        y = reference.convolution(padded.to(dtype), taps.to(dtype), segment)
+    else:
+        y = getattr(torch.ops.longstate, op)(padded.to(dtype), taps.to(dtype), segment, backend)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = silu(y)
+
+    if compaction is not None:
+        y = compaction.restore(y)
+        window = compaction.count[:, None] + torch.arange(before, device=u.device)
+        final = padded.gather(1, window[..., None].expand(batch, before, width))
+        alive = None if segment is None else segment.gather(1, window) == segment[:, -1:]
+    else:
+        final = padded[:, length:].clone()
+        alive = None if segment is None else segment[:, length:] == segment[:, -1:]
+    if alive is not None:
+        final = final.masked_fill(~alive[..., None], 0)
+    return y.to(u.dtype), final
+
+
+def _fake(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
+    return padded.new_empty(padded.shape[0], padded.shape[1] - taps.shape[1] + 1, padded.shape[2])
+
+
+def _fake_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(padded), torch.empty_like(taps)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _register(op: str, forward: Any, backward: Any) -> None:
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        both = getattr(torch.ops.longstate, f"{op}_backward")(grad, *ctx.saved_tensors, ctx.backend)
+        return (*both, None, None)
+
+    schema = "Tensor padded, Tensor taps, Tensor? segment"
+    register(
+        op,
+        f"{schema} -> Tensor",
+        forward={"chunked": forward},
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=gradients,
+    )
+    define(f"{op}_backward", f"Tensor grad, {schema} -> (Tensor, Tensor)", {"chunked": backward}, _fake_backward)
+
+
+_register("short_convolution", chunked.short, chunked.short_backward)
+_register("long_convolution", chunked.long, chunked.long_backward)

@@ -1,0 +1,158 @@
+"""Causal depthwise convolution in few passes over whole tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from ..._shapes import Tensor
+
+DIRECT = 64  # below so many taps, products beat transforms
+FEW = 8  # up to so many steps, one product each beats transforms
+
+
+def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
+    """Return the convolution by one multiply-add for each tap."""
+    before = taps.shape[1] - 1
+    length = padded.shape[1] - before
+    y = taps[:, 0] * padded[:, before:]
+    for i in range(1, before + 1):
+        y.addcmul_(taps[:, i], _shifted(padded, segment, i, before, length))
+    return y
+
+
+def short_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``padded`` and ``taps``."""
+    before = taps.shape[1] - 1
+    length = grad.shape[1]
+    grad_padded, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
+    for i in range(before + 1):
+        grad_taps[:, i] = (grad * _shifted(padded, segment, i, before, length)).sum((0, 1))
+        term = grad * taps[:, i]
+        if segment is not None:
+            term = term * _same(segment, i, before, length)
+        grad_padded[:, before - i : before - i + length] += term
+    return grad_padded, grad_taps
+
+
+def _shifted(padded: Tensor, segment: Tensor | None, i: int, before: int, length: int) -> Tensor:
+    """Return u_{t−i}, with zeros where that is another sequence."""
+    u = padded[:, before - i : before - i + length]
+    return u if segment is None else u * _same(segment, i, before, length)
+
+
+def _same(segment: Tensor, i: int, before: int, length: int) -> Tensor:
+    return (segment[:, before - i : before - i + length] == segment[:, before:])[..., None]
+
+
+def fft(u: Tensor, taps: Tensor, length: int) -> Tensor:
+    """Return the first ``length`` steps of the causal convolution of ``u [… t d]`` with ``taps [d l]``, by real transforms.
+
+    Twice the length keeps the circular convolution from wrapping around.
+    """
+    taps = taps[:, :length]
+    size = _good_size(u.shape[-2] + taps.shape[1] - 1)
+    spectrum = torch.fft.rfft(taps, n=size).transpose(0, 1)
+    return torch.fft.irfft(torch.fft.rfft(u, n=size, dim=-2) * spectrum, n=size, dim=-2)[..., :length, :]
+
+
+def _good_size(least: int) -> int:
+    """Return the smallest 2^i or 3·2^i that is enough: transforms of such sizes are fast everywhere."""
+    power = 1 << (least - 1).bit_length() if least > 1 else 1
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= least else power
+
+
+def long(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
+    """Return the convolution by transforms, in O(t log t), or O(t log² t) with segments."""
+    before = taps.shape[1] - 1
+    length = padded.shape[1] - before
+    if before < DIRECT:
+        return short(padded, taps, segment)
+    if length > FEW:
+        return _causal(padded, taps, segment)[:, before:]
+    outputs = []
+    for t in range(length):
+        window = padded[:, t : t + before + 1]
+        if segment is not None:
+            window = window * (segment[:, t : t + before + 1] == segment[:, t + before, None])[..., None]
+        outputs.append((window * taps.flip(1).T).sum(1))
+    return torch.stack(outputs, 1) if outputs else torch.empty_like(padded[:, :0])
+
+
+def long_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``padded`` and ``taps``.
+
+    That of the input is the same convolution backwards in time; that of the taps is a correlation of grad and input.
+    """
+    before = taps.shape[1] - 1
+    if before < DIRECT:
+        return short_backward(grad, padded, taps, segment)
+    grad = pad(grad, (0, 0, before, 0))
+    grad_padded = _causal(grad.flip(1), taps, None if segment is None else segment.flip(1)).flip(1)
+    if segment is None:
+        return grad_padded, _correlate(grad, padded, taps.shape[1])
+    return grad_padded, _correlate_within_segments(grad, padded, segment, taps.shape[1])
+
+
+def _causal(u: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
+    return fft(u, taps, u.shape[1]) if segment is None else _within_segments(u, taps, segment)
+
+
+def _within_segments(u: Tensor, taps: Tensor, segment: Tensor) -> Tensor:
+    """Return the convolution in which no segment sees another, by halving.
+
+    In a block, what its left half sends to its right half belongs to the one segment that is alive at its middle. So each
+    block needs one masked transform, and each step lies in log₂ t blocks.
+    """
+    batch, given, width = u.shape
+    length = max(DIRECT, 1 << (given - 1).bit_length())
+    u = pad(u, (0, 0, 0, length - given))
+    segment = pad(segment, (0, length - given), value=-1)
+    # Blocks of the smallest size, directly: each is a [c c] matrix for each channel, never for each step and channel.
+    size = DIRECT // 2
+    blocks, ids = u.view(batch, -1, size, width), segment.view(batch, -1, size)
+    y = taps[:, 0] * blocks
+    for i in range(1, min(size, taps.shape[1])):
+        same = (ids[:, :, i:] == ids[:, :, :-i])[..., None]
+        y[:, :, i:] += taps[:, i] * (blocks[:, :, :-i] * same)
+    y = y.view(batch, length, width)
+    while size < length:
+        blocks, ids = u.view(batch, -1, 2 * size, width), segment.view(batch, -1, 2 * size)
+        alive = (ids == ids[:, :, size - 1 : size])[..., None]
+        sent = fft(blocks[:, :, :size] * alive[:, :, :size], taps, 2 * size)[:, :, size:] * alive[:, :, size:]
+        y.view(batch, -1, 2 * size, width)[:, :, size:] += sent
+        size *= 2
+    return y[:, :given]
+
+
+def _correlate(grad: Tensor, u: Tensor, taps: int) -> Tensor:
+    """Return Σ_t grad_t ∘ u_{t−i} for each tap i, by transforms."""
+    size = _good_size(u.shape[1] + taps)
+    spectrum = torch.fft.rfft(grad, n=size, dim=1) * torch.fft.rfft(u, n=size, dim=1).conj()
+    return torch.fft.irfft(spectrum.sum(0), n=size, dim=0)[:taps].T.contiguous()
+
+
+def _correlate_within_segments(grad: Tensor, u: Tensor, segment: Tensor, taps: int) -> Tensor:
+    """Return the correlation in which no segment sees another, by the halving of ``_within_segments``."""
+    batch, given, width = u.shape
+    length = max(DIRECT, 1 << (given - 1).bit_length())
+    u, g = (pad(x, (0, 0, 0, length - given)) for x in (u, grad))
+    segment = pad(segment, (0, length - given), value=-1)
+    total = g.new_zeros(width, length + 1)
+    size = DIRECT // 2
+    g_blocks, blocks, ids = g.view(batch, -1, size, width), u.view(batch, -1, size, width), segment.view(batch, -1, size)
+    total[:, 0] = (g_blocks * blocks).sum((0, 1, 2))
+    for i in range(1, size):
+        same = (ids[:, :, i:] == ids[:, :, :-i])[..., None]
+        total[:, i] = (g_blocks[:, :, i:] * blocks[:, :, :-i] * same).sum((0, 1, 2))
+    while size < length:
+        shape = (batch, -1, 2 * size, width)
+        g_blocks, blocks, ids = g.view(shape), u.view(shape), segment.view(batch, -1, 2 * size)
+        alive = (ids == ids[:, :, size - 1 : size])[..., None]
+        sent, received = blocks[:, :, :size] * alive[:, :, :size], g_blocks[:, :, size:] * alive[:, :, size:]
+        spectrum = torch.fft.rfft(received, n=2 * size, dim=2) * torch.fft.rfft(sent, n=2 * size, dim=2).conj()
+        # Received steps are `size` later than the sent ones they stand beside: lags 1 … 2·size − 1, none wraps onto another.
+        lags = torch.fft.irfft(spectrum.sum((0, 1)), n=2 * size, dim=0).roll(size, 0)
+        total[:, 1 : 2 * size] += lags[1:].transpose(0, 1)
+        size *= 2
+    return pad(total, (0, max(0, taps - total.shape[1])))[:, :taps]

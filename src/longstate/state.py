@@ -1,0 +1,171 @@
+"""What can be done with any state, whichever mixer or model it belongs to.
+
+A state is a tensor, or a tuple (of tuples, …) of tensors, batch first; ``None`` stands for a state not asked for. It is a
+value: nothing here or elsewhere changes one in place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ._shapes import Tensor
+
+S = TypeVar("S")
+
+
+def _map(function: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """Apply a function to the tensors of states of the same structure."""
+    if isinstance(state, Tensor):
+        return function(state, *others)
+    if state is None:
+        return None
+    if isinstance(state, tuple):
+        if any(type(o) is not type(state) or len(o) != len(state) for o in others):
+            raise ValueError(f"states of different structure: {type(state).__name__} beside {[type(o).__name__ for o in others]}")
+        parts = [_map(function, *members) for members in zip(state, *others, strict=True)]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    raise ValueError(f"a state is made of tuples of tensors; {type(state).__name__} came")
+
+
+def _named(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state with their dotted names."""
+    if isinstance(state, Tensor):
+        yield prefix, state
+    elif state is not None:
+        for name, part in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+            yield from _named(part, f"{prefix}.{name}" if prefix else str(name))
+
+
+def select(state: S, index: int | slice | Sequence[int] | Tensor) -> S:
+    """Return the states of the chosen sequences, in the chosen order.
+
+    Args:
+        state: A state of a batch.
+        index: A number (kept as a batch of one), a slice, or a list or tensor of numbers or booleans.
+    """
+    if isinstance(index, int):
+        index = [index]
+    where = index if isinstance(index, slice) else torch.as_tensor(index)
+    result: S = _map(lambda x: x[where if isinstance(where, slice) else where.to(x.device)], state)
+    return result
+
+
+def concatenate(states: Sequence[S]) -> S:
+    """Join states along the batch, as one joins their sequences.
+
+    A tensor that is shorter than its partner along the second axis is padded with zeros at the end: only full attention has
+    states that differ so, and there the second axis is the position, so that padding is free space.
+
+    Raises:
+        ValueError: If there is none, or their structures or shapes differ.
+    """
+    if not states:
+        raise ValueError("concatenate([]): there is no state to join")
+
+    def join(*parts: Tensor) -> Tensor:
+        if parts[0].ndim > 2:
+            length = max(x.shape[1] for x in parts)
+            parts = tuple(torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1) for x in parts)
+        if len({x.shape[1:] for x in parts}) > 1:
+            raise ValueError(f"concatenate: tensors of shapes {[list(x.shape) for x in parts]} belong to different models")
+        return torch.cat(parts)
+
+    result: S = _map(join, *states)
+    return result
+
+
+def detach(state: S) -> S:
+    """Return the state cut off from the graph that computed it."""
+    result: S = _map(Tensor.detach, state)
+    return result
+
+
+def to(state: S, device: torch.device | str) -> S:
+    """Return the state on another device."""
+    result: S = _map(lambda x: x.to(device), state)
+    return result
+
+
+def nbytes(state: Any) -> int:
+    """Return the size of a state in bytes."""
+    return sum(x.numel() * x.element_size() for _, x in _named(state))
+
+
+def save(state: Any, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    """Write a state as a safetensors file, whole or not at all.
+
+    Args:
+        state: Any state.
+        path: The file to write; one that exists is replaced.
+        metadata: Strings kept beside the tensors.
+    """
+    tensors = {name: x.detach().cpu().contiguous() for name, x in _named(state)}
+    temporary = f"{os.fspath(path)}.{os.getpid()}.part"
+    try:
+        save_file(tensors, temporary, metadata={"format": "longstate-state", **(metadata or {})})
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the strings kept beside a saved state.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a saved state.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata())
+
+
+def load(path: str | os.PathLike[str], like: S) -> S:
+    """Read a state that ``save`` wrote.
+
+    Args:
+        path: The file.
+        like: A state of the model it is for, with any batch size: ``model.initial_state(1)``.
+
+    Returns:
+        The state, with its own batch size, on the device of ``like``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or holds the state of another model.
+    """
+    with _opened(path) as file:
+        expected = dict(_named(like))
+        if set(file.keys()) != set(expected):
+            odd = sorted(set(file.keys()) ^ set(expected))
+            raise ValueError(f"{path}: the state of another model: {', '.join(odd[:3])} in one but not in the other")
+        batches = set()
+        for name, x in expected.items():
+            shape = file.get_slice(name).get_shape()
+            batches.add(shape[0])
+            # The second axis of full attention's keys is as long as what was read; anything else is fixed.
+            growing = x.ndim > 2 and x.shape[1] == 0
+            if len(shape) != x.ndim or shape[2 if growing else 1 :] != list(x.shape[2 if growing else 1 :]) or len(batches) > 1:
+                raise ValueError(f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *x.shape[1:]]}")
+        tensors = {name: file.get_tensor(name) for name in expected}
+    names = iter(expected)
+    result: S = _map(lambda x: tensors[next(names)].to(x.device, x.dtype), like)
+    return result
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file. A state is written by longstate.state.save or `longstate generate --state-out`.")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be cut short") from error
+    if (file.metadata() or {}).get("format") != "longstate-state":
+        raise ValueError(f"{path}: a safetensors file, but not a saved state")
+    return file

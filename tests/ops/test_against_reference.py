@@ -1,0 +1,113 @@
+"""Every backend of every op computes what its reference computes: outputs, final states and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from longstate import ops
+
+LENGTHS = (0, 1, 2, 5, 63, 64, 65, 200)
+
+
+def flags(kind: str, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random document starts and steps that do not count."""
+    result = {}
+    if "start" in kind:
+        result["start"] = torch.rand(batch, length) < 0.05
+    if "valid" in kind:
+        result["valid"] = torch.rand(batch, length) < 0.8
+    return result
+
+
+def scan_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    c = dtype.to_complex() if "complex" in kind else dtype
+    a = torch.rand(5, dtype=dtype) if "fixed" in kind else torch.rand(b, t, 5, dtype=dtype)
+    if "complex" in kind:
+        a = torch.polar(a, torch.randn_like(a))
+    return ops.scan, dict(a=a, b=torch.randn(b, t, 5, dtype=c), initial=torch.randn(b, 5, dtype=c))
+
+
+def selective_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    d, n = 3, 4
+    A = -torch.rand(d, n, dtype=dtype) * 3
+    c = dtype
+    if "complex" in kind:
+        A, c = torch.complex(A, torch.randn_like(A) * 3), dtype.to_complex()
+    B, C = (torch.randn(d, n, dtype=c) if "fixed" in kind else torch.randn(b, t, n, dtype=c) for _ in "BC")
+    rule = next((r for r in ("bilinear", "zoh-euler") if r in kind), "zoh")
+    arguments = dict(u=torch.randn(b, t, d, dtype=dtype), dt=torch.rand(b, t, d, dtype=dtype), A=A, B=B, C=C)
+    arguments |= dict(D=torch.randn(d, dtype=dtype), initial=torch.randn(b, d, n, dtype=c), discretization=rule)
+    return ops.selective_scan, arguments
+
+
+def linear_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    g, h, k, p = (2, 6, 5, 4) if "groups" in kind else (3, 3, 5, 4)
+    decay = None
+    for name, shape in {"head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}.items():
+        if name in kind:
+            decay = -torch.rand(shape, dtype=dtype) ** 4 * (40 if "strong" in kind else 1)
+    q, key = (torch.randn(b, t, g, k, dtype=dtype) for _ in "qk")
+    v, initial = torch.randn(b, t, h, p, dtype=dtype), torch.randn(b, h, k, p, dtype=dtype)
+    return ops.linear_attention, dict(q=q, k=key, v=v, log_decay=decay, initial=initial)
+
+
+def short_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    taps = 1 if "one" in kind else 4
+    arguments = dict(u=torch.randn(b, t, 3, dtype=dtype), weight=torch.randn(3, taps, dtype=dtype))
+    arguments |= dict(bias=torch.randn(3, dtype=dtype), initial=torch.randn(b, taps - 1, 3, dtype=dtype))
+    return ops.convolution.short, arguments | dict(activation="silu")
+
+
+def long_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    taps = 20 if "few" in kind else 150
+    u, kernel = torch.randn(b, t, 3, dtype=dtype), torch.randn(3, taps, dtype=dtype)
+    return ops.convolution.long, dict(u=u, kernel=kernel, initial=torch.randn(b, taps - 1, 3, dtype=dtype))
+
+
+CASES = [
+    *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
+    *((selective_case, k) for k in ("zoh-euler", "zoh", "bilinear", "zoh complex fixed", "bilinear complex fixed", "zoh-euler complex")),
+    *((linear_case, k) for k in ("none", "head", "step", "channel", "groups none", "groups step strong", "groups channel strong")),
+    *((short_case, k) for k in ("", "one")),
+    *((long_case, k) for k in ("", "few")),
+]
+IDS = [f"{make.__name__.removesuffix('_case')} {kind}".strip() for make, kind in CASES]
+
+
+def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> list[torch.Tensor]:
+    """Return outputs, final state, and gradients of a random (but fixed) function of both."""
+    arguments = {
+        name: x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.dtype.is_floating_point | x.dtype.is_complex else x
+        for name, x in arguments.items()
+    }
+    y, final = function(**arguments, **options)
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, final))
+    total = sum((x.abs() if x.is_complex() else x).double().mul(w).sum() for x, w in zip((y, final), weights, strict=True))
+    total = total + (y * y).real.sum() if y.is_complex() else total
+    wanted = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return [y.detach(), final.detach(), *gradients]
+
+
+def largest_error(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Return the largest difference, relative to the largest entry of each tensor."""
+    errors = []
+    for x, y in zip(got, wanted, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        errors.append(((x - y).abs().max() / y.abs().max().clamp(min=1e-3)).item() if x.numel() else 0.0)
+    return max(errors)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
+@pytest.mark.parametrize(("make", "kind"), CASES, ids=IDS)
+def test_chunked_equals_reference(make: Callable[..., Any], kind: str, marks: str, length: int) -> None:
+    function, arguments = make(kind, 2, length, torch.float64)
+    options = flags(marks, 2, length)
+    wanted = run(function, arguments, backend="reference", **options)
+    assert largest_error(run(function, arguments, **options), wanted) < 1e-10
