@@ -1,0 +1,18 @@
+"""Linear-time sequence models: one recurrence, many faces."""
+
+from . import ops as ops
+from . import state as state
+from . import systems as systems
+from .checkpoints import load as load
+from .checkpoints import save as save
+from .mixers import S4D as S4D
+from .mixers import S5 as S5
+from .mixers import Attention as Attention
+from .mixers import Mamba as Mamba
+from .mixers import Mamba2 as Mamba2
+from .mixers import Mixer as Mixer
+from .models import LanguageModel as LanguageModel
+from .models import Stack as Stack
+from .timeline import Timeline as Timeline
+
+__version__ = "0.1.0"

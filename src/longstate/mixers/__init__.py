@@ -1,0 +1,17 @@
+"""Mixers: modules that map a sequence to a sequence, from a state to a state."""
+
+from ._base import Mixer as Mixer
+from .attention import Attention as Attention
+from .mamba import Mamba as Mamba
+from .mamba2 import Mamba2 as Mamba2
+from .s4d import S4D as S4D
+from .s5 import S5 as S5
+
+# The names by which models call them.
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "s4d": S4D,
+    "s5": S5,
+}

@@ -1,0 +1,227 @@
+"""Softmax attention, full or over a sliding window, with the mixer contract."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .._shapes import Float, Int, Tensor
+from ..timeline import Compaction, Timeline, segments, zero_where_invalid
+from ._base import Mixer
+
+
+class AttentionState(NamedTuple):
+    """The keys and values that later steps may still see, and how many steps their sequence has had.
+
+    A ring: the key of position p stands in slot p mod the number of slots, which is the window, or for full attention
+    as many as there were steps.
+    """
+
+    key: Float[Tensor, "b slots g p"]
+    value: Float[Tensor, "b slots g p"]
+    length: Int[Tensor, " b"]
+
+
+class Attention(Mixer):
+    """Attend to the past of the same sequence, with rotary positions.
+
+        y_t = W_o Σ_s softmax_s(q_tᵀ k_s / √p) v_s    over 0 ≤ t − s < window
+
+    Args:
+        d_model: Channels.
+        n_heads: Heads of queries.
+        n_kv_heads: Heads of keys and values, each shared by n_heads / n_kv_heads heads of queries; ``n_heads`` when absent.
+        head_dim: Channels of a head; d_model / n_heads when absent.
+        window: How many steps each step sees, itself included; all when absent.
+        rotary_dim: Channels of a head that are rotated by the position; all when absent, 0 for none.
+        rotary_base: The longest wavelength is about 2π times this.
+        bias: Whether the projections have biases.
+
+    Raises:
+        ValueError: If the sizes do not go together; in ``forward``, if the timeline has ``dt``: attention counts steps.
+
+    Source:
+        Vaswani et al., arXiv:1706.03762; rotary: Su et al., arXiv:2104.09864; grouped queries: Ainslie et al., arXiv:2305.13245.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int = 8,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rotary_dim: int | None = None,
+        rotary_base: float = 10000.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if head_dim is None:
+            if n_heads < 1 or d_model % n_heads:
+                raise ValueError(
+                    f"Attention(d_model={d_model}, n_heads={n_heads}): d_model is not a multiple of n_heads. "
+                    f"Choose head_dim, or a divisor of {d_model}."
+                )
+            head_dim = d_model // n_heads
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")
+        if window is not None and window < 1:
+            raise ValueError(f"Attention(window={window}): a step sees at least itself. Take 1 or more, or None for all.")
+        if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+            raise ValueError(f"Attention(rotary_dim={rotary_dim}): wanted an even number from 0 to head_dim={head_dim}")
+        self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
+        self.window, self.rotary_dim, self.rotary_base = window, rotary_dim, rotary_base
+        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the projections."""
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            module.reset_parameters()
+
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """Return an empty ring: of the window, or without slots for full attention."""
+        weight = self.k_proj.weight
+        shape = (batch_size, self.window or 0, self.n_kv_heads, self.head_dim)
+        return AttentionState(weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long))
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: AttentionState | None = None, timeline: Timeline | None = None
+    ) -> tuple[Float[Tensor, "b t d"], AttentionState]:
+        """Return outputs and the state after the last step."""
+        if timeline is not None and timeline.dt is not None:
+            raise ValueError("Attention: the timeline has dt, but attention counts steps and knows no time. Leave dt out.")
+        x, (_, start, valid) = self._enter(x, timeline)
+        batch, length, _ = x.shape
+        if length == 0:
+            return x.clone(), state or self.initial_state(batch)
+        compaction = None if valid is None else Compaction.of(valid)
+        if compaction is not None:
+            x = compaction.compact(x)
+            start = None if start is None else compaction.start(start)
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k, v = (p(x).unflatten(-1, (self.n_kv_heads, self.head_dim)) for p in (self.k_proj, self.v_proj))
+
+        index = torch.arange(length, device=x.device)
+        before = index.new_zeros(batch) if state is None else state.length
+        position, segment = before[:, None] + index, torch.zeros_like(before)[:, None].expand(batch, length)
+        began = None
+        if start is not None:
+            segment = segments(start)
+            began = torch.where(start, index, -1).cummax(1).values
+            position = torch.where(began < 0, position, index - began)
+        q, k = self._rotate(q, position), self._rotate(k, position)
+        past = None if state is None or state.key.shape[1] == 0 else _unrolled(state)
+        if past is None and start is None and compaction is None and (self.window is None or length <= self.window):
+            y = _attend(q, k, v, None)
+        else:
+            y = self._masked(q, k, v, past, before, position, segment)
+        y = self.o_proj(y.flatten(-2))
+        y = y if compaction is None else compaction.restore(y)
+
+        count = before.new_full((batch,), length) if compaction is None else compaction.count
+        total, origin = before + count, -before  # how long the last sequence is, and where its position 0 stands
+        if began is not None:
+            origin = torch.where(began[:, -1] < 0, origin, began[:, -1])
+            total = torch.where(began[:, -1] < 0, total, (count - began[:, -1]).clamp(min=0))
+        return y, self._ring(k, v, past, total, origin)
+
+    def _masked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        before: Tensor,
+        position: Tensor,
+        segment: Tensor,
+    ) -> Tensor:
+        """Attend to the past and to the new steps of the same sequence, block by block where there is a window."""
+        length = q.shape[1]
+        slots = 0 if past is None else past[0].shape[1]
+        if past is not None:
+            k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
+        old = before[:, None] - slots + torch.arange(slots, device=q.device)
+        key_position = torch.cat([old, position], 1)
+        # A slot not yet filled has a position below 0; it belongs to no sequence.
+        key_segment = torch.cat([torch.where(old < 0, -1, 0), segment], 1)
+        if self.window is None or length <= self.window:
+            return _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
+        # Blocks as long as the window: each sees itself and the one before.
+        w = self.window
+        fill = -length % w
+        # Steps filled in at the end see each other and no other: a step that saw nothing would divide 0 by 0.
+        q, position, segment = _filled(q, 0, fill), _filled(position, 0, fill), _filled(segment, 0, fill, -2)
+        k, v, key_position = (_filled(x, w - slots, fill) for x in (k, v, key_position))
+        key_segment = _filled(_filled(key_segment, w - slots, 0, -1), 0, fill, -2)
+        q, position, segment = (x.unflatten(1, (-1, w)).flatten(0, 1) for x in (q, position, segment))
+        k, v, key_position, key_segment = (_pairs(x, w) for x in (k, v, key_position, key_segment))
+        y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
+        return y.unflatten(0, (before.shape[0], -1)).flatten(1, 2)[:, :length]
+
+    def _visible(self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor) -> Tensor:
+        distance = position[..., None] - key_position[:, None]
+        visible = (distance >= 0) & (segment[..., None] == key_segment[:, None])
+        return visible if self.window is None else visible & (distance < self.window)
+
+    def _ring(
+        self, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, total: Tensor, origin: Tensor
+    ) -> AttentionState:
+        """Return the ring after the last step: in each slot the newest position that belongs there."""
+        slots = (0 if past is None else past[0].shape[1]) + k.shape[1] if self.window is None else self.window
+        newest = total[:, None] - 1
+        position = newest - (newest - torch.arange(slots, device=k.device)) % slots
+        empty = position < 0
+        offset = 0 if past is None else past[0].shape[1]
+        source = (origin[:, None] + position + offset).masked_fill(empty, 0)
+        source = source[..., None, None].expand(*source.shape, *k.shape[2:])
+        key, value = (
+            (new if past is None else torch.cat([old.to(new.dtype), new], 1)).gather(1, source).masked_fill(empty[..., None, None], 0)
+            for old, new in zip(past or (k, v), (k, v), strict=True)
+        )
+        return AttentionState(key, value, total)
+
+    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate the first channels of each head by the position, the first half against the second."""
+        if self.rotary_dim == 0:
+            return x
+        half = self.rotary_dim // 2
+        # In float64: position 100,000 times a frequency leaves three digits of the angle in float32.
+        frequency = self.rotary_base ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
+        angle = position[..., None, None].to(torch.float64) * frequency
+        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second, rest = x.split([half, half, self.head_dim - self.rotary_dim], -1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attend ``[b t h p]``, to all before when there is no mask ``[b t s]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
+    mask = None if visible is None else visible[:, None]
+    y = scaled_dot_product_attention(q, k, v, mask, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+def _unrolled(state: AttentionState) -> tuple[Tensor, Tensor]:
+    """Return the ring's keys and values, the oldest position first and the last one last."""
+    slots = state.key.shape[1]
+    slot = (state.length[:, None] + torch.arange(slots, device=state.length.device)) % slots
+    slot = slot[..., None, None].expand_as(state.key)
+    return state.key.gather(1, slot), state.value.gather(1, slot)
+
+
+def _filled(x: Tensor, front: int, back: int, value: int = 0) -> Tensor:
+    return pad(x, (*[0] * (2 * (x.ndim - 2)), front, back), value=value)
+
+
+def _pairs(x: Tensor, w: int) -> Tensor:
+    """Return each block together with the one before it, ``[b·j 2w …]``; one block stands before the first."""
+    blocks = x.unflatten(1, (-1, w))
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2).flatten(0, 1)

@@ -1,0 +1,130 @@
+"""Mamba: a selective state space model (S6) behind a short convolution and a gate."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .._shapes import Float, Tensor
+from ..ops import selective_scan
+from ..timeline import Timeline, zero_where_invalid
+from ._base import Mixer, mark, state_dtype
+from ._parts import ShortConvolution, check_steps, log_uniform_, softplus_inverse
+
+
+class MambaState(NamedTuple):
+    """The window of the convolution, and the state of every channel."""
+
+    conv: Float[Tensor, "b window d"]
+    ssm: Float[Tensor, "b d n"]
+
+
+class StepProjection(nn.Linear):
+    """A linear map whose bias is left to the caller, who adds it in float32 before softplus.
+
+    Adding it in bfloat16 gives visibly other steps. The module is called, never its weight alone, so that adapters work.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product with the weight."""
+        return functional.linear(input, self.weight)
+
+
+class Mamba(Mixer):
+    """Run a state space model whose step, input and output coefficients are functions of the input.
+
+        [x, z] = W_in u;  x ← SiLU(conv(x));  [δ, B, C] = W_x x;  Δ = softplus(W_Δ δ + b_Δ)
+        h_t = e^{Δ_t A} ∘ h_{t−1} + Δ_t B_t x_t,    y_t = W_out((C_tᵀ h_t + D ∘ x_t) ∘ SiLU(z_t))
+
+    Args:
+        d_model: Channels.
+        d_state: States of each inner channel.
+        d_conv: Taps of the short convolution.
+        expand: Inner channels, as a multiple of ``d_model``.
+        dt_rank: Rank of Δ's projection; ⌈d_model / 16⌉ when absent.
+        dt_min: Smallest initial Δ, in nominal steps.
+        dt_max: Largest initial Δ; they are drawn log-uniformly.
+        bias: Whether the projections in and out have biases.
+        conv_bias: Whether the convolution has one.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Source:
+        Gu and Dao, arXiv:2312.00752. Weights are named and laid out as in its published checkpoints.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bias: bool = False,
+        conv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = int(expand * d_model)
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        if min(inner, d_state, dt_rank) < 1:
+            raise ValueError(f"Mamba(d_model={d_model}, d_state={d_state}, expand={expand}, dt_rank={dt_rank}): sizes start at 1")
+        check_steps("Mamba", dt_min, dt_max)
+        self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, inner, d_state, dt_rank
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        self.conv1d = ShortConvolution(inner, d_conv, conv_bias)
+        self.x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = StepProjection(dt_rank, inner)
+        mark(self.dt_proj.bias)
+        self.A_log = mark(nn.Parameter(torch.empty(inner, d_state)))
+        self.D = mark(nn.Parameter(torch.empty(inner)))
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set A = −(1 … n) and D = 1, draw Δ's bias so that Δ is log-uniform, and the projections as published."""
+        for module in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
+            module.reset_parameters()
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float64).log().expand_as(self.A_log))
+            nn.init.ones_(self.D)
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            self.dt_proj.bias.copy_(softplus_inverse(log_uniform_(self.dt_proj.bias, self.dt_min, self.dt_max).exp()))
+
+    def initial_state(self, batch_size: int) -> MambaState:
+        """Return zeros."""
+        ssm = self.A_log.new_zeros(batch_size, *self.A_log.shape, dtype=state_dtype(self.A_log))
+        return MambaState(self.conv1d.initial_state(batch_size), ssm)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: MambaState | None = None, timeline: Timeline | None = None
+    ) -> tuple[Float[Tensor, "b t d"], MambaState]:
+        """Return outputs and the state after the last step."""
+        x, timeline = self._enter(x, timeline)
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, window = self.conv1d(u, None if state is None else state.conv, timeline)
+        low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dtype = state_dtype(self.A_log)
+        dt = functional.softplus(self.dt_proj(low).to(dtype) + self.dt_proj.bias.to(dtype))
+        if timeline.dt is not None:
+            dt = dt * timeline.dt.to(dtype)[..., None]
+        y, ssm = selective_scan(
+            u,
+            dt,
+            -self.A_log.to(dtype).exp(),
+            B,
+            C,
+            self.D,
+            None if state is None else state.ssm,
+            start=timeline.start,
+            valid=timeline.valid,
+        )
+        y = self.out_proj(y * functional.silu(z))
+        return zero_where_invalid(y, timeline.valid), MambaState(window, ssm)

@@ -1,0 +1,138 @@
+"""Mamba-2: a selective state space model with one decay for each head (SSD)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .._shapes import Float, Tensor
+from ..ops import linear_attention
+from ..timeline import Timeline, zero_where_invalid
+from ._base import Mixer, mark, state_dtype
+from ._parts import RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+
+
+class Mamba2State(NamedTuple):
+    """The window of the convolution, and the state of every head."""
+
+    conv: Float[Tensor, "b window d"]
+    ssm: Float[Tensor, "b h n p"]
+
+
+class Mamba2(Mixer):
+    """Run a state space model with one decay for each head, as linear attention with q = C, k = B, v = Δx and decay e^{ΔA}.
+
+        [z, x, B, C, δ] = W_in u;  [x, B, C] ← SiLU(conv([x, B, C]));  Δ = clamp(softplus(δ + b_Δ))
+        S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ,    y_t = W_out RMSNorm((S_tᵀ C_t + D x_t) ∘ SiLU(z_t))
+
+    Args:
+        d_model: Channels.
+        d_state: States of each channel of a head.
+        d_conv: Taps of the short convolution.
+        expand: Inner channels, as a multiple of ``d_model``.
+        head_dim: Channels of a head.
+        n_groups: Groups of heads that share B and C.
+        norm_groups: Groups of channels that the gated norm treats apart; ``n_groups`` when absent.
+        norm_eps: The norm's ε.
+        dt_min: Smallest initial Δ, in nominal steps.
+        dt_max: Largest initial Δ; they are drawn log-uniformly.
+        dt_limit: Bounds of Δ at all times.
+        bias: Whether the projections in and out have biases.
+        conv_bias: Whether the convolution has one.
+
+    Raises:
+        ValueError: If the inner channels do not divide into heads, or the heads into groups.
+
+    Source:
+        Dao and Gu, arXiv:2405.21060. Weights are named and laid out as in its published checkpoints.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        head_dim: int = 64,
+        n_groups: int = 1,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = int(expand * d_model)
+        if inner < 1 or head_dim < 1 or inner % head_dim:
+            raise ValueError(
+                f"Mamba2(d_model={d_model}, head_dim={head_dim}): expand·d_model = {inner} is not a multiple of head_dim. "
+                f"Try head_dim={math.gcd(inner, max(1, head_dim))}."
+            )
+        n_heads = inner // head_dim
+        if n_groups < 1 or n_heads % n_groups:
+            raise ValueError(
+                f"Mamba2(n_groups={n_groups}): {n_heads} heads (expand·d_model / head_dim) do not divide into {n_groups} groups. "
+                f"Try n_groups={math.gcd(n_heads, max(1, n_groups))}."
+            )
+        check_steps("Mamba2", dt_min, dt_max)
+        self.d_model, self.d_inner, self.d_state = d_model, inner, d_state
+        self.n_heads, self.head_dim, self.n_groups = n_heads, head_dim, n_groups
+        self.dt_min, self.dt_max, self.dt_limit = dt_min, dt_max, (float(dt_limit[0]), float(dt_limit[1]))
+        convolved = inner + 2 * n_groups * d_state
+        self.in_proj = nn.Linear(d_model, inner + convolved + n_heads, bias=bias)
+        self.conv1d = ShortConvolution(convolved, d_conv, conv_bias)
+        self.dt_bias = mark(nn.Parameter(torch.empty(n_heads)))
+        self.A_log = mark(nn.Parameter(torch.empty(n_heads)))
+        self.D = mark(nn.Parameter(torch.empty(n_heads)))
+        self.norm = RMSNorm(inner, norm_eps, n_groups if norm_groups is None else norm_groups)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A from −[1, 16] and Δ's bias so that Δ is log-uniform, set D = 1, and the projections as published."""
+        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            module.reset_parameters()
+        with torch.no_grad():
+            nn.init.uniform_(self.A_log, 1, 16).log_()
+            nn.init.ones_(self.D)
+            self.dt_bias.copy_(softplus_inverse(log_uniform_(self.dt_bias, self.dt_min, self.dt_max).exp()))
+
+    def initial_state(self, batch_size: int) -> Mamba2State:
+        """Return zeros."""
+        ssm = (batch_size, self.n_heads, self.d_state, self.head_dim)
+        return Mamba2State(
+            self.conv1d.initial_state(batch_size), self.A_log.new_zeros(ssm, dtype=state_dtype(self.A_log))
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: Mamba2State | None = None, timeline: Timeline | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Mamba2State]:
+        """Return outputs and the state after the last step."""
+        x, timeline = self._enter(x, timeline)
+        shared = self.n_groups * self.d_state
+        z, u, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * shared, self.n_heads], -1)
+        u, window = self.conv1d(u, None if state is None else state.conv, timeline)
+        u, B, C = u.split([self.d_inner, shared, shared], -1)
+        u = u.unflatten(-1, (self.n_heads, self.head_dim))
+        dtype = state_dtype(self.A_log)
+        dt = functional.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.dt_limit)
+        if timeline.dt is not None:
+            dt = dt * timeline.dt.to(dtype)[..., None]
+        y, ssm = linear_attention(
+            C.unflatten(-1, (self.n_groups, self.d_state)),
+            B.unflatten(-1, (self.n_groups, self.d_state)),
+            u.to(dtype) * dt[..., None],
+            dt * -self.A_log.to(dtype).exp(),
+            None if state is None else state.ssm,
+            start=timeline.start,
+            valid=timeline.valid,
+        )
+        y = torch.addcmul(y, u.to(dtype), self.D.to(dtype)[:, None]).flatten(-2).to(x.dtype)
+        y = self.out_proj(self.norm(y, z))
+        return zero_where_invalid(y, timeline.valid), Mamba2State(window, ssm)

@@ -1,0 +1,209 @@
+"""S4D: a diagonal state space model for each channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from .._errors import nearest
+from .._shapes import Float, Inexact, Tensor
+from ..ops import selective_scan
+from ..ops.convolution.chunked import fft
+from ..ops.selective_scan.discretization import phi
+from ..systems import diagonal_modes, legs_normal
+from ..timeline import Timeline, zero_where_invalid
+from ._base import Mixer, mark, state_dtype
+from ._parts import OutputGate, check_steps, log_uniform_
+
+INITIALIZATIONS = ("legs", "lin", "inv", "quad", "real")
+CONVOLUTION_FROM = 64  # steps from which transforms beat the scan
+
+
+class S4DState(NamedTuple):
+    """The state of every channel's modes."""
+
+    ssm: Inexact[Tensor, "b d n"]
+
+
+class S4D(Mixer):
+    """Run one diagonal linear time-invariant system for each channel.
+
+        x′(t) = diag(A) x(t) + B u(t),    y(t) = 2 Re(Cᵀ x(t)) + D u(t)
+
+    sampled with a step Δ learned for each channel. A long plain sequence is convolved with the kernel K_l = 2 Re Σ_n C_n B̄_n Ā_n^l, a short one,
+    or one with a timeline, is scanned; both give the same outputs and the same state.
+
+    Args:
+        d_model: Channels.
+        d_state: Real states of a channel; of each conjugate pair of modes one is kept.
+        initialization: "legs" (HiPPO-LegS' normal part), "lin" (−½ + iπn), "inv", "quad" or "real" (−(n+1)).
+        discretization: "zoh" or "bilinear".
+        dt_min: Smallest initial Δ, in nominal steps.
+        dt_max: Largest initial Δ; they are drawn log-uniformly.
+        output: "glu" (GELU and a gated linear unit across channels) or "identity" (the linear system alone).
+
+    Raises:
+        ValueError: If an option is none of those, or ``d_state`` is odd where modes come in pairs.
+
+    Source:
+        Gu et al., arXiv:2206.11893.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        initialization: str = "legs",
+        discretization: Literal["zoh", "bilinear"] = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        output: Literal["glu", "identity"] = "glu",
+    ) -> None:
+        super().__init__()
+        if initialization not in INITIALIZATIONS:
+            raise ValueError(f"S4D(initialization={initialization!r}): none such.{nearest(initialization, INITIALIZATIONS)}")
+        if discretization not in ("zoh", "bilinear"):
+            raise ValueError(f"S4D(discretization={discretization!r}): none such. Known: bilinear, zoh.")
+        if output not in ("glu", "identity"):
+            raise ValueError(f"S4D(output={output!r}): none such. Known: glu, identity.")
+        if d_state < 1 or (d_state % 2 and initialization != "real"):
+            raise ValueError(f"S4D(d_state={d_state}): modes come in conjugate pairs. Try d_state={max(2, d_state + 1)}.")
+        check_steps("S4D", dt_min, dt_max)
+        self.d_model, self.d_state = d_model, d_state
+        self.initialization, self.discretization = initialization, discretization
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.real = initialization == "real"
+        parts = () if self.real else (2,)  # complex numbers are stored as pairs: optimisers and files know those
+        modes = d_state if self.real else d_state // 2
+        # Re A = −exp(log_A_real) stays negative whatever the optimiser does.
+        self.log_A_real = mark(nn.Parameter(torch.empty(d_model, modes)), 1e-3)
+        self.A_imag = None if self.real else mark(nn.Parameter(torch.empty(d_model, modes)), 1e-3)
+        self.B = mark(nn.Parameter(torch.empty(d_model, modes, *parts)), 1e-3)
+        self.C = mark(nn.Parameter(torch.empty(d_model, modes, *parts)))
+        self.D = mark(nn.Parameter(torch.empty(d_model)))
+        self.log_dt = mark(nn.Parameter(torch.empty(d_model)), 1e-3)
+        self.output = OutputGate(d_model) if output == "glu" else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw Δ and C, and set A and B as the initialisation says."""
+        if self.C.is_meta:
+            return
+        A, B = initial_modes(self.initialization, self.d_state)
+        with torch.no_grad():
+            self.log_A_real.copy_(torch.from_numpy(np.log(-A.real)).expand_as(self.log_A_real))
+            if self.A_imag is not None:
+                self.A_imag.copy_(torch.from_numpy(A.imag.copy()).expand_as(self.A_imag))
+            self.B.copy_(torch.from_numpy(B.real.copy() if self.real else np.stack([B.real, B.imag], -1)).expand_as(self.B))
+            nn.init.normal_(self.C, std=1 if self.real else math.sqrt(0.5))
+            nn.init.normal_(self.D)
+            log_uniform_(self.log_dt, self.dt_min, self.dt_max)
+        if isinstance(self.output, OutputGate):
+            self.output.linear.reset_parameters()
+
+    def initial_state(self, batch_size: int) -> S4DState:
+        """Return zeros."""
+        dtype = state_dtype(self.C)
+        dtype = dtype if self.real else dtype.to_complex()
+        return S4DState(torch.zeros(batch_size, *self.log_A_real.shape, dtype=dtype, device=self.C.device))
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: S4DState | None = None, timeline: Timeline | None = None
+    ) -> tuple[Float[Tensor, "b t d"], S4DState]:
+        """Return outputs and the state after the last step."""
+        A, B, C, dt = self.system()
+        if timeline is not None and timeline.dt is not None and timeline.dt.numel() == 1:
+            # Another sampling rate throughout is another Δ: still a convolution.
+            dt, timeline = dt * timeline.dt.to(dt.dtype).reshape(1), timeline._replace(dt=None)
+        x, timeline = self._enter(x, timeline)
+        if x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
+            y, final = self._convolve(x, A, B, C, dt, state)
+            y = y + self.D * x
+        else:
+            steps = dt.expand(*x.shape) if timeline.dt is None else dt * timeline.dt.to(dt.dtype)[..., None]
+            y, final = selective_scan(
+                x,
+                steps,
+                A,
+                B,
+                C,
+                self.D,
+                None if state is None else state.ssm,
+                discretization=self.discretization,
+                start=timeline.start,
+                valid=timeline.valid,
+            )
+        return zero_where_invalid(self.output(y.to(x.dtype)), timeline.valid), S4DState(final)
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return A, B and C ``[d n]`` of the continuous systems and their steps Δ ``[d]``, in float32 at least."""
+        dtype = state_dtype(self.C)
+        A, B, C = -self.log_A_real.to(dtype).exp(), self.B.to(dtype), self.C.to(dtype)
+        if self.A_imag is not None:
+            A, B, C = torch.complex(A, self.A_imag.to(dtype)), torch.view_as_complex(B), torch.view_as_complex(C)
+        return A, B, C, self.log_dt.to(dtype).exp()
+
+    def _convolve(
+        self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: S4DState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs without the skip, and the final state, by matrix products and transforms alone.
+
+        Powers factor: Ā^{ci+j} = (Ā^c)^i Ā^j, so that no ``[d n t]`` tensor is needed, only ``[d n √t]``.
+        """
+        length = x.shape[1]
+        u = x.to(dt.dtype)
+        z = dt[:, None] * A
+        # log Ā and its multiples in float64: a phase of thousands of radians has few digits left in float32.
+        log_decay = z.to(torch.promote_types(z.dtype, torch.float64))
+        if self.discretization == "bilinear":
+            log_decay, gain = torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), dt[:, None] / (1 - z / 2)
+        else:
+            gain = dt[:, None] * phi(z)
+        columns = math.isqrt(length - 1) + 1
+        rows = -(-length // columns)
+        count = torch.arange(max(rows, columns), device=x.device, dtype=torch.float64)
+        fine = torch.exp(log_decay[..., None] * count[:columns]).to(z.dtype)  # Ā^j [d n c]
+        coarse = torch.exp(log_decay[..., None] * (columns * count[:rows])).to(z.dtype)  # Ā^{ci} [d n r]
+
+        kernel = self._real((C * B * gain)[..., None] * coarse, fine)[:, :length]
+        y = fft(u, kernel, length)
+        # Σ_l Ā^{t−1−l} B̄ u_l, with zeros before the first step to fill the last row.
+        filled = pad(u, (0, 0, rows * columns - length, 0)).unflatten(1, (rows, columns))
+        partial = torch.einsum("brcd,dnc->bdnr", filled.to(z.dtype), fine.flip(-1))
+        final = B * gain * (partial * coarse.flip(-1)).sum(-1)
+        if state is not None:
+            before = state.ssm.to(z.dtype)
+            decay = torch.exp(log_decay).to(z.dtype)
+            y = y + self._real((C * decay * before)[..., None] * coarse, fine)[..., :length].transpose(1, 2)
+            final = final + torch.exp(log_decay * length).to(z.dtype) * before
+        return y, final
+
+    def _real(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Return 2 Re Σ_n coarse_{n,i} fine_{n,j} (or the sum itself, of real modes) as one real product, ``[… d (i j)]``."""
+        if not self.real:
+            coarse = 2 * torch.cat([coarse.real, -coarse.imag], -2)
+            fine = torch.cat([fine.real, fine.imag], -2)
+        return (coarse.mT @ fine).flatten(-2)
+
+
+def initial_modes(initialization: str, d_state: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the initial diagonal A and B of one channel: half of the conjugate pairs, or all real modes."""
+    half = d_state // 2
+    n = np.arange(d_state if initialization == "real" else half, dtype=np.float64)
+    if initialization == "legs":
+        modes = diagonal_modes(*legs_normal(d_state))
+        B = np.clip(modes.B.real, -2, 2) + 1j * np.clip(modes.B.imag, -2, 2)
+        return modes.eigenvalues, B
+    frequencies = {
+        "lin": np.pi * n,
+        "inv": d_state / np.pi * (d_state / (2 * n + 1) - 1),
+        "quad": (1 + 2 * n) ** 2 / np.pi,
+        "real": 0 * n,
+    }[initialization]
+    real = -(n + 1) if initialization == "real" else np.full_like(n, -0.5)
+    return real + 1j * frequencies, np.ones_like(n) + 0j

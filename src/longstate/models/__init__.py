@@ -1,0 +1,4 @@
+"""Models: stacks of mixers with a task at either end."""
+
+from .language import LanguageModel as LanguageModel
+from .stack import Stack as Stack
