@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # Something imported earlier (a plugin, say) would go unchecked without a word.
         assert "longstate" not in sys.modules, "longstate was imported before its import hook"
-        config.add_cleanup(install_import_hook("longstate", "beartype.beartype").uninstall)
+        config.add_cleanup(install_import_hook("longstate", "typechecking.check").uninstall)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
