@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad
 
 from ..._shapes import Tensor
 
@@ -12,12 +12,15 @@ FEW = 8  # up to so many steps, one product each beats transforms
 
 
 def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
-    """Return the convolution by one multiply-add for each tap."""
+    """Return the convolution by one multiply-add for each tap, or by the depthwise convolution of the machine's library."""
     before = taps.shape[1] - 1
     length = padded.shape[1] - before
-    y = taps[:, 0] * padded[:, before:]
+    if segment is None and padded.dtype != torch.float64:  # which knows no fast double precision
+        return conv2d(_image(padded), _filter(taps), groups=taps.shape[0]).squeeze(2).transpose(1, 2)
+    rows = taps.T.contiguous()
+    y = rows[0] * padded[:, before:]
     for i in range(1, before + 1):
-        y.addcmul_(taps[:, i], _shifted(padded, segment, i, before, length))
+        y.addcmul_(rows[i], _shifted(padded, segment, i, before, length))
     return y
 
 
@@ -25,14 +28,29 @@ def short_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor |
     """Return the gradients of ``padded`` and ``taps``."""
     before = taps.shape[1] - 1
     length = grad.shape[1]
-    grad_padded, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
+    fast = segment is None and padded.dtype != torch.float64 and grad.numel() > 0
+    rows, grad_rows = taps.T.contiguous(), torch.empty_like(taps.T)
+    grad_padded = torch.zeros(0) if fast else torch.zeros_like(padded)
     for i in range(before + 1):
-        grad_taps[:, i] = (grad * _shifted(padded, segment, i, before, length)).sum((0, 1))
-        term = grad * taps[:, i]
-        if segment is not None:
-            term = term * _same(segment, i, before, length)
-        grad_padded[:, before - i : before - i + length] += term
-    return grad_padded, grad_taps
+        grad_rows[i] = (grad * _shifted(padded, segment, i, before, length)).sum((0, 1))
+        if not fast:
+            term = grad if segment is None else grad * _same(segment, i, before, length)
+            grad_padded[:, before - i : before - i + length].addcmul_(term, rows[i])
+    if fast:
+        image, kernel = _image(padded), _filter(taps)
+        options = ([1, 1], [0, 0], [1, 1], False, [0, 0], taps.shape[0], [True, False, False])
+        grad_image = torch.ops.aten.convolution_backward(_image(grad), image, kernel, None, *options)[0]
+        grad_padded = grad_image.squeeze(2).transpose(1, 2)
+    return grad_padded, grad_rows.T
+
+
+def _image(x: Tensor) -> Tensor:
+    """Return ``[b t d]`` as an image one pixel high; in memory, channels last, it is what it was."""
+    return x.transpose(1, 2).unsqueeze(2)
+
+
+def _filter(taps: Tensor) -> Tensor:
+    return taps.flip(1)[:, None, None]
 
 
 def _shifted(padded: Tensor, segment: Tensor | None, i: int, before: int, length: int) -> Tensor:

@@ -121,7 +121,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, log_decay, _, start, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, log_decay, start, output[2])
+    ctx.save_for_backward(q, k, v, log_decay, start, output[0], output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,7 +140,7 @@ register(
 )
 define(
     "linear_attention_backward",
-    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor beginnings"
+    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor y, Tensor beginnings"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"chunked": chunked.linear_attention_backward},
     _fake_backward,
