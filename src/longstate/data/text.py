@@ -1,10 +1,10 @@
-"""Text as batches of tokens: documents from files, a split, packing, and batches which are pure functions of the step."""
+"""Text as batches of tokens: documents, a split, packing, and batches that are pure functions of the step."""
 
 from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,9 @@ def read_documents(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
                 raise ValueError(f"{path}: the file is empty. Give a file with text in it.")
             documents.append(text)
         else:
-            raise FileNotFoundError(f"{path}: no such file or folder. Give the path of a text file or a folder of them.")
+            raise FileNotFoundError(
+                f"{path}: no such file or folder. Give the path of a text file or a folder of them."
+            )
     return documents
 
 
@@ -194,17 +196,3 @@ def stream_batch(corpus: Corpus, step: int, batch_size: int, context: int) -> Ba
     place = (step * context + np.arange(context + 1)) % length
     index = np.arange(batch_size)[:, None] * length + place
     return _batch(corpus, index, corpus.first[index] | (place == 0))
-
-
-def consecutive_batches(corpus: Corpus, batch_size: int, context: int, limit: int) -> Iterator[Batch]:
-    """Yield the first ``limit`` tokens as windows one after another, each predicted once, for validation.
-
-    Text that does not fill the last rows is made up with targets that are ignored.
-    """
-    n = min(limit, len(corpus.tokens) - 1)
-    for begin in range(0, n, batch_size * context):
-        rows = min(batch_size, -(-(n - begin) // context))
-        index = begin + np.arange(rows)[:, None] * context + np.arange(context + 1)
-        past_the_end = index > n
-        index = np.minimum(index, n)
-        yield _batch(corpus, index, corpus.first[index] | past_the_end)

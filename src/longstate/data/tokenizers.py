@@ -61,7 +61,7 @@ class Bytes:
     def encode(self, text: str) -> np.ndarray:
         """Return the bytes of a text."""
         # A command line that is not UTF-8 reaches Python with its odd bytes as surrogates; this gives the bytes back.
-        return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+        return np.frombuffer(bytearray(text.encode("utf-8", "surrogateescape")), dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of bytes."""
@@ -99,7 +99,9 @@ class TokenizerFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such tokenizer file. Give a tokenizer.json, or leave it out to read bytes.")
+            raise FileNotFoundError(
+                f"{path}: no such tokenizer file. Give a tokenizer.json, or leave it out to read bytes."
+            )
         from tokenizers import Tokenizer as _Tokenizer
 
         self._json = Path(path).read_bytes()
