@@ -79,7 +79,7 @@ class Step(NamedTuple):
     """One step of generation.
 
     Attributes:
-        text: What can be shown of each row now; "" where a character or a stop string may be unfinished, or a row is done.
+        text: What each row shows now; "" where a character or a stop string may be unfinished, or the row is done.
         memory: What has been read and written up to here; ``memory.token`` is what was drawn.
     """
 
@@ -87,8 +87,10 @@ class Step(NamedTuple):
     memory: Memory
 
 
-def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float) -> Float[Tensor, "b v"]:
-    """Make tokens seen before less likely: l/p where l > 0, l·p elsewhere (Keskar et al. 2019, arXiv:1909.05858, eq. 2)."""
+def penalise_repetition(
+    logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float
+) -> Float[Tensor, "b v"]:
+    """Make tokens seen before less likely: l/p where l > 0, l·p elsewhere (Keskar et al., arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -99,7 +101,7 @@ def keep_top_k(logits: Float[Tensor, "b v"], k: int) -> Float[Tensor, "b v"]:
 
 
 def keep_top_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
-    """Keep the fewest most likely tokens whose probabilities sum to p at least (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the fewest most likely tokens that have at least probability p (Holtzman et al., arXiv:1904.09751)."""
     ordered, order = logits.sort(descending=True, stable=True)
     probability = ordered.softmax(-1)
     # A token stays if those before it do not reach p: the first always does.
@@ -108,7 +110,7 @@ def keep_top_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
 
 
 def keep_min_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
-    """Keep tokens with at least p times the largest probability (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keep tokens with at least p times the largest probability (Nguyen et al., arXiv:2407.01082)."""
     probability = logits.softmax(-1)
     return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -torch.inf)
 
@@ -152,10 +154,10 @@ def read(
     """
     if not len(prompts):
         raise ValueError("there is no prompt. Give at least one.")
-    vocab_size, device = model.config["vocab_size"], next(model.parameters()).device
+    device = next(model.parameters()).device
     if memory is None:
         zeros = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
         state, drawn, rows = None, zeros, [torch.as_tensor(prompt) for prompt in prompts]
     else:
         if len(memory.token) == 1:
@@ -166,7 +168,10 @@ def read(
                 f"Give as many prompts as sequences, or the memory of one sequence for all."
             )
         state, seen, drawn = memory.state, memory.seen, memory.drawn
-        rows = [torch.cat([token[None].cpu(), torch.as_tensor(prompt)]) for token, prompt in zip(memory.token, prompts, strict=True)]
+        rows = [
+            torch.cat([token[None].cpu(), torch.as_tensor(prompt)])
+            for token, prompt in zip(memory.token, prompts, strict=True)
+        ]
     if not all(map(len, rows)):
         raise ValueError("a prompt is empty, and nothing was read before it. Give at least one character.")
 
@@ -180,7 +185,8 @@ def read(
     # All but the last: it is what the next token is drawn from.
     for begin in range(0, longest - 1, chunk):
         end = min(begin + chunk, longest - 1)
-        _, state = model(tokens[:, begin:end], state, _counting(valid[:, begin:end]))
+        # Not through the head: nobody looks at the logits of what is only read.
+        _, state = model.backbone(tokens[:, begin:end], state, _counting(valid[:, begin:end]))
     occurs = torch.zeros_like(seen, dtype=torch.int64).scatter_add_(1, tokens, valid.long())
     return Memory(model.initial_state(len(rows)) if state is None else state, tokens[:, -1], seen | (occurs > 0), drawn)
 
@@ -191,12 +197,16 @@ def _counting(valid: Bool[Tensor, "b t"]) -> Timeline | None:
 
 
 @torch.no_grad()
-def advance(model: LanguageModel, memory: Memory, sampling: Sampling, active: Bool[Tensor, " b"] | None = None) -> Memory:
+def advance(
+    model: LanguageModel, memory: Memory, sampling: Sampling, active: Bool[Tensor, " b"] | None = None
+) -> Memory:
     """Draw one token for each active row; the others stay as they are."""
     if active is None:
         active = torch.ones_like(memory.token, dtype=torch.bool)
     logits, state = model(memory.token[:, None], memory.state, _counting(active[:, None]))
-    token = torch.where(active, draw(logits[:, -1], memory.seen, memory.drawn, sampling), memory.token)
+    # The embedding may have more rows than there are tokens.
+    logits = logits[:, -1, : model.vocab_size]
+    token = torch.where(active, draw(logits, memory.seen, memory.drawn, sampling), memory.token)
     return Memory(state, token, memory.seen.scatter(1, token[:, None], True), memory.drawn + active)
 
 
@@ -259,9 +269,9 @@ def generate(
         ValueError: If the tokenizer is not the model's, a stop string is empty, or there is nothing to go on from.
     """
     tokenizer, sampling = tokenizer or Bytes(), sampling or Sampling()
-    if tokenizer.vocab_size != model.config["vocab_size"]:
+    if tokenizer.vocab_size != model.vocab_size:
         raise ValueError(
-            f"generate: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model of {model.config['vocab_size']}. "
+            f"generate: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model of {model.vocab_size}. "
             f"Give the tokenizer that the model was trained with."
         )
     if not all(stop):
@@ -302,8 +312,10 @@ def load_memory(model: LanguageModel, path: str | os.PathLike[str]) -> Memory:
         ValueError: If it is damaged, or belongs to another model.
     """
     if states.load_metadata(path).get("memory_of") != fingerprint(model):
-        raise ValueError(f"{path}: this was read by another model. Use the model that wrote it, or read the text again.")
+        raise ValueError(
+            f"{path}: this was read by another model. Use the model that wrote it, or read the text again."
+        )
     device = next(model.parameters()).device
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    seen = torch.zeros(1, model.config["vocab_size"], dtype=torch.bool, device=device)
+    seen = torch.zeros(1, model.vocab_size, dtype=torch.bool, device=device)
     return states.load(path, Memory(model.initial_state(1), count, seen, count))
