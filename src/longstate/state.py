@@ -105,7 +105,9 @@ def save(state: Any, path: str | os.PathLike[str], metadata: dict[str, str] | No
         path: The file to write; one that exists is replaced.
         metadata: Strings kept beside the tensors.
     """
-    tensors = {name: x.detach().cpu().contiguous() for name, x in _named(state)}
+    # Complex numbers as pairs: not every safetensors knows complex64, and none complex128.
+    parts = {name: torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach() for name, x in _named(state)}
+    tensors = {name: x.cpu().contiguous() for name, x in parts.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         save_file(tensors, temporary, metadata={"format": "longstate-state", **(metadata or {})})
@@ -147,15 +149,21 @@ def load(path: str | os.PathLike[str], like: S) -> S:
             raise ValueError(f"{path}: the state of another model: {', '.join(odd[:3])} in one but not in the other")
         batches = set()
         for name, x in expected.items():
-            shape = file.get_slice(name).get_shape()
-            batches.add(shape[0])
+            shape = list(file.get_slice(name).get_shape())
+            wanted = [*x.shape, 2] if x.is_complex() else list(x.shape)
             # The second axis of full attention's keys is as long as what was read; anything else is fixed.
-            growing = x.ndim > 2 and x.shape[1] == 0
-            if len(shape) != x.ndim or shape[2 if growing else 1 :] != list(x.shape[2 if growing else 1 :]) or len(batches) > 1:
-                raise ValueError(f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *x.shape[1:]]}")
+            fixed = 2 if x.ndim > 2 and x.shape[1] == 0 else 1
+            batches.update(shape[:1])
+            if len(shape) != len(wanted) or shape[fixed:] != wanted[fixed:] or len(batches) > 1:
+                raise ValueError(f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *wanted[1:]]}")
         tensors = {name: file.get_tensor(name) for name in expected}
     names = iter(expected)
-    result: S = _map(lambda x: tensors[next(names)].to(x.device, x.dtype), like)
+
+    def taken(x: Tensor) -> Tensor:
+        given = tensors[next(names)].to(x.device, x.dtype.to_real())
+        return torch.view_as_complex(given) if x.is_complex() else given
+
+    result: S = _map(taken, like)
     return result
 
 

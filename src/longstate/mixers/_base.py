@@ -49,12 +49,23 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Give every parameter its initial value; also after construction on the meta device and ``to_empty``."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert parameters as torch does, and keep their marks: torch may put new ones in their place without them."""
+        marks = {name: dict(vars(parameter)) for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            vars(parameter).update(marks[name])
+        return self
+
     def _enter(self, x: Tensor, timeline: Timeline | None) -> tuple[Tensor, Timeline]:
         """Check inputs, expand the timeline to them, and clear the steps that do not count."""
         name = type(self).__name__
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"{name}: input of shape {list(x.shape)}, wanted [batch, time, d_model={self.d_model}]")
         timeline = Timeline() if timeline is None else timeline.expand(x.shape[0], x.shape[1])
+        if timeline.dt is not None:
+            # Cleared here and not after Δ is scaled: 0 times what may stand there would be no number in a gradient.
+            timeline = timeline._replace(dt=zero_where_invalid(timeline.dt, timeline.valid))
         return zero_where_invalid(x, timeline.valid), timeline
 
 

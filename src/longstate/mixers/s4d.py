@@ -117,7 +117,7 @@ class S4D(Mixer):
     ) -> tuple[Float[Tensor, "b t d"], S4DState]:
         """Return outputs and the state after the last step."""
         A, B, C, dt = self.system()
-        if timeline is not None and timeline.dt is not None and timeline.dt.numel() == 1:
+        if timeline is not None and timeline.dt is not None and timeline.dt.numel() == 1 and timeline.valid is None:
             # Another sampling rate throughout is another Δ: still a convolution.
             dt, timeline = dt * timeline.dt.to(dt.dtype).reshape(1), timeline._replace(dt=None)
         x, timeline = self._enter(x, timeline)

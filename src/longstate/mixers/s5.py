@@ -113,7 +113,7 @@ class S5(Mixer):
         A = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
         dt = self.log_dt.to(dtype).exp()
         if timeline.dt is not None:
-            dt = dt * zero_where_invalid(timeline.dt.to(dtype), timeline.valid)[..., None]
+            dt = dt * timeline.dt.to(dtype)[..., None]
         decay, phi = coefficients(dt * A, self.discretization)
         gain = dt if phi is None else dt * phi
         # Complex matrices as pairs of real ones: one real product each way.
