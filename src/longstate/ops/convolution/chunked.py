@@ -15,8 +15,8 @@ def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
     """Return the convolution by one multiply-add for each tap, or by the depthwise convolution of the machine's library."""
     before = taps.shape[1] - 1
     length = padded.shape[1] - before
-    # The library knows no fast double precision, and refuses what is empty.
-    if segment is None and padded.dtype != torch.float64 and length > 0 and padded.numel() > 0:
+    # The library knows no fast double precision, refuses what is empty, and takes long to begin.
+    if segment is None and padded.dtype != torch.float64 and length > FEW and padded.numel() > 0:
         return conv2d(_image(padded), _filter(taps), groups=taps.shape[0]).squeeze(2).transpose(1, 2)
     rows = taps.T.contiguous()
     y = rows[0] * padded[:, before:]

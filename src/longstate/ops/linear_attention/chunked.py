@@ -19,7 +19,6 @@ from ..._shapes import Tensor
 from . import _by_channel, _by_head
 from ._span import SPAN as SPAN
 from ._span import cut, spans
-from .reference import linear_attention as one_step
 
 
 def _form(log_decay: Tensor | None) -> ModuleType:
@@ -31,7 +30,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the state before each span ``[i b h k p]``."""
     if v.shape[1] == 1:
-        return *one_step(q, k, v, log_decay, initial, start), initial[None].clone()
+        return *_one_step(q, k, v, log_decay, initial, start), initial[None].clone()
     form = _form(log_decay)
     y, state, beginnings = torch.empty_like(v), initial, []
     for at, span in spans(q, k, v, log_decay, start):
@@ -40,6 +39,21 @@ def linear_attention(
         y[:, at] = inside.flatten(1, 2)[:, : at.stop - at.start].flatten(2, 3)
         state = form.leave(state)
     return y, state.clone(), torch.stack(beginnings) if beginnings else initial.new_zeros(0, *initial.shape)
+
+
+def _one_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[b 1 h p]`` and the next state, with as few calls as will do: decoding is made of them."""
+    if start is not None:
+        state = state.masked_fill(start[:, :, None, None], 0)
+    if log_decay is not None:
+        g = log_decay.exp() if log_decay.ndim == 1 else log_decay[:, 0].exp()
+        state = state * (g[..., None, None] if log_decay.ndim < 4 else g[..., None])
+    groups = state.unflatten(1, (q.shape[2], -1))  # [b g r k p]
+    state = torch.addcmul(groups, k[:, 0, :, None, :, None], v[:, 0].unflatten(1, (q.shape[2], -1))[..., None, :])
+    y = q[:, 0, :, None, None] @ state
+    return y.view(*v.shape), state.flatten(1, 2)
 
 
 def linear_attention_backward(
