@@ -95,7 +95,9 @@ def choose(op: str, backend: str | None) -> str:
     if backend in names or backend == "reference":
         return backend
     if backend in _ABSENT:
-        raise ValueError(f"{op}(backend={backend!r}): not available: {_ABSENT[backend]}. Use {names[0]!r}, or leave it out.")
+        raise ValueError(
+            f"{op}(backend={backend!r}): not available: {_ABSENT[backend]}. Use {names[0]!r}, or leave it out."
+        )
     raise ValueError(f"{op}(backend={backend!r}): there is no such backend.{nearest(backend, ('reference', *names))}")
 
 
@@ -118,3 +120,6 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def real_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of real and imaginary parts; ``dtype.to_real`` is not traced by torch.compile."""
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)

@@ -9,7 +9,7 @@ import torch
 from ..._errors import nearest
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, expect, register
+from .._register import at_least_float32, choose, define, expect, real_of, register
 from . import chunked, reference
 from .discretization import RULES, coefficients
 
@@ -57,7 +57,9 @@ def selective_scan(
         Gu and Dao, arXiv:2312.00752, equations 1–2 and algorithm 2; Gu et al., arXiv:2206.11893 (fixed coefficients).
     """
     if discretization not in RULES:
-        raise ValueError(f"selective_scan(discretization={discretization!r}): no such rule.{nearest(discretization, RULES)}")
+        raise ValueError(
+            f"selective_scan(discretization={discretization!r}): no such rule.{nearest(discretization, RULES)}"
+        )
     batch, length, width = u.shape
     n = A.shape[-1]
     expect("selective_scan", "dt", dt, (batch, length, width))
@@ -67,13 +69,13 @@ def selective_scan(
     if initial is not None:
         expect("selective_scan", "initial", initial, (batch, width, n))
     dtype = at_least_float32(A, B, C)
-    real = at_least_float32(u, dt) if initial is None else at_least_float32(u, dt, initial).to_real()
+    real = at_least_float32(u, dt) if initial is None else real_of(at_least_float32(u, dt, initial))
     dtype = torch.promote_types(dtype, real)
     timeline = Timeline(start=start, valid=valid).expand(batch, length)
     if timeline.valid is not None:
         u, dt = zero_where_invalid(u, timeline.valid), zero_where_invalid(dt, timeline.valid)
     h_0 = u.new_zeros(batch, width, n, dtype=dtype) if initial is None else initial.to(dtype)
-    real = dtype.to_real()
+    real = real_of(dtype)
     arguments = (u.to(real), dt.to(real), A.to(dtype), B.to(dtype), C.to(dtype), h_0, timeline.start, discretization)
     backend = choose("selective_scan", backend)
     if backend == "reference":
