@@ -121,7 +121,9 @@ class S4D(Mixer):
             # Another sampling rate throughout is another Δ: still a convolution.
             dt, timeline = dt * timeline.dt.to(dt.dtype).reshape(1), timeline._replace(dt=None)
         x, timeline = self._enter(x, timeline)
-        if x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
+        # An exported graph takes any length, so it has the face that does.
+        any_length = torch.compiler.is_exporting()
+        if not any_length and x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
             y, final = self._convolve(x, A, B, C, dt, state)
             y = y + self.D * x
         else:

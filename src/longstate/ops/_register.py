@@ -107,7 +107,8 @@ def expect(op: str, name: str, x: Tensor, *wanted: tuple[int, ...]) -> None:
     Raises:
         ValueError: If it is none of them.
     """
-    if all(tuple(x.shape) != shape for shape in wanted):
+    # The number of axes first: a traced comparison of sizes would be a promise about them.
+    if all(x.ndim != len(shape) or tuple(x.shape) != shape for shape in wanted):
         allowed = " or ".join(str(list(shape)) for shape in wanted)
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, wanted {allowed} to go with the other arguments")
 

@@ -109,7 +109,8 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     spans = (v.shape[1] + chunked.SPAN - 1) // chunked.SPAN
-    return torch.empty_like(v), torch.empty_like(initial), initial.new_empty(spans, *initial.shape)
+    # One more than spans: tracing makes a promise about an axis that could have one entry.
+    return torch.empty_like(v), torch.empty_like(initial), initial.new_empty(spans + 1, *initial.shape)
 
 
 def _fake_backward(

@@ -28,9 +28,10 @@ def _form(log_decay: Tensor | None) -> ModuleType:
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the state before each span ``[i b h k p]``."""
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around the spans ``[i+1 b h k p]``."""
     if v.shape[1] == 1:
-        return *_one_step(q, k, v, log_decay, initial, start), initial[None].clone()
+        y, state = _one_step(q, k, v, log_decay, initial, start)
+        return y, state, torch.stack([initial, state])
     form = _form(log_decay)
     y, state, beginnings = torch.empty_like(v), initial, []
     for at, span in spans(q, k, v, log_decay, start):
@@ -38,7 +39,7 @@ def linear_attention(
         inside, state = form.forward(span, form.enter(state, q.shape[2]))
         y[:, at] = inside.flatten(1, 2)[:, : at.stop - at.start].flatten(2, 3)
         state = form.leave(state)
-    return y, state.clone(), torch.stack(beginnings) if beginnings else initial.new_zeros(0, *initial.shape)
+    return y, state.clone(), torch.stack([*beginnings, state])
 
 
 def _one_step(

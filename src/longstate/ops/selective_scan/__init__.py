@@ -112,7 +112,8 @@ def _fake(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, start: Tensor | None, discretization: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (u.shape[1] + chunked.CHUNK - 1) // chunked.CHUNK
-    return torch.empty_like(u), torch.empty_like(initial), initial.new_empty(chunks, *initial.shape)
+    # One more than chunks: tracing makes a promise about an axis that could have one entry.
+    return torch.empty_like(u), torch.empty_like(initial), initial.new_empty(chunks + 1, *initial.shape)
 
 
 def _fake_backward(

@@ -55,14 +55,14 @@ def _chunks(
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, start: Tensor | None, discretization: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the state before each chunk ``[j b d n]``."""
+    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the states around the chunks ``[j+1 b d n]``."""
     y, h, beginnings = torch.empty_like(u), initial, []
     for at, chunk in _chunks(u, dt, A, B, C, start):
         beginnings.append(h)
         states, _, _ = chunk.states(h, discretization)
         h = states[:, -1].clone()  # a copy, so that the chunk's states can go
         y[:, at] = _readout(states, C[:, at] if C.ndim == 3 else C)
-    return y, h.clone(), torch.stack(beginnings) if beginnings else initial.new_zeros(0, *initial.shape)
+    return y, h.clone(), torch.stack([*beginnings, h])
 
 
 def _readout(h: Tensor, C: Tensor) -> Tensor:
