@@ -2,9 +2,10 @@
 
     python benchmarks/long_context.py [--threads 2]
 
-Each length runs in a process of its own, so that its peak of resident memory is its own. Prefill is measured in one call, and
-as `longstate generate` reads a long text: in pieces, each from the state after the one before. Decoding starts from
-the state after the prefill. Times are medians; memory is what a process has at most, less what it had after warming up.
+Each length runs in a process of its own, so that its peak of resident memory is its own. Prefill is measured in one
+call, and as `longstate generate` reads a long text: in pieces, each from the state after the one before. Decoding
+starts from the state after the prefill. Times are medians; memory is what a process has at most, less what it had
+after warming up.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(int(arguments.one[0]), arguments.one[1], arguments.threads)))
         return
-    print(f"{json.dumps(MODEL)} float32, {arguments.threads} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}")
-    print(f"{'tokens':>8} {'prefill':>9} {'µs/token':>9} {'peak MiB':>9} {'decode µs/token':>16} {'decode MiB':>11} {'state bytes':>12}")
+    print(f"{json.dumps(MODEL)}, float32, {arguments.threads} threads, {platform.machine()}, torch {torch.__version__}")
+    print("  tokens   prefill  µs/token  peak MiB  decode µs/token  decode MiB  state bytes")
     for how in ("pieces", "whole"):
         for length in LENGTHS:
             command = [sys.executable, __file__, "--threads", str(arguments.threads), "--one", str(length), how]

@@ -2,13 +2,14 @@
 
     python benchmarks/train_text.py DATA/tinyshakespeare/input.txt [--minutes 10] [--repeats 3]
 
-The Transformer is a re-creation of nanoGPT's CPU setting (its README's "I only have a macbook"): 4 layers, 4 heads, width 128, block 64,
-batch 12, 2000 steps, AdamW (0.9, 0.99) at 1e-3 falling to 1e-4 by a cosine after 100 steps, weight decay 0.1, clipping at 1,
-no dropout, no biases; published: 1.88 nats per character. Its wall time, evaluation left out, is then given to ours,
-in the same process; with --minutes ours runs once more for that long.
+The Transformer is a re-creation of nanoGPT's CPU setting (its README's "I only have a macbook"): 4 layers, 4 heads,
+width 128, block 64, batch 12, 2000 steps, AdamW (0.9, 0.99) at 1e-3 falling to 1e-4 by a cosine after 100 steps, weight
+decay 0.1, clipping at 1, no dropout, no biases; published: 1.88 nats per character. Its wall time, evaluation left out,
+is then given to ours, in the same process; with --minutes ours runs once more for that long.
 
-Characters, the first 90 % to train, the last 10 % to validate. The validation loss is over all of that, in windows of the training
-length, each read from nothing; for ours also with the state carried from window to window, as it would be used.
+Characters, the first 90 % to train, the last 10 % to validate. The validation loss is over all of that, in windows of
+the training length, each read from nothing; for ours also with the state carried from window to window, as it would
+be used.
 """
 
 from __future__ import annotations
@@ -171,17 +172,24 @@ def main() -> None:
     data = torch.tensor([numbers[character] for character in text])
     split = int(0.9 * len(data))
     training, validation = data[:split], data[split:]
-    print(f"{arguments.threads} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}, float32, {OURS}")
+    print(f"{arguments.threads} threads, {platform.machine()}, torch {torch.__version__}, float32, {OURS}")
     theirs, own = [], []
     for seed in range(arguments.repeats):
         torch.manual_seed(seed)
         peer = Transformer(len(numbers))
         _, elapsed = train(peer, peer, training, 64, 12, nanogpt_rate, steps=2000)
         theirs.append(validate(peer, validation, 64))
-        print(f"nanoGPT seed {seed}: {elapsed:6.1f} s, 2000 steps of 12×64, {sum(p.numel() for p in peer.parameters())} parameters, ", end="")
-        print(f"validation {theirs[-1]:.4f} nats/character", flush=True)
+        parameters = sum(p.numel() for p in peer.parameters())
+        print(
+            f"nanoGPT seed {seed}: {elapsed:6.1f} s, 2000 steps of 12×64, {parameters} parameters, "
+            f"validation {theirs[-1]:.4f} nats/character",
+            flush=True,
+        )
         own.append(ours(training, validation, len(numbers), elapsed, seed))
-    print(f"medians: nanoGPT {statistics.median(theirs):.4f}, ours {statistics.median(own):.4f} in the same time, ", end="")
+    print(
+        f"medians: nanoGPT {statistics.median(theirs):.4f}, ours {statistics.median(own):.4f} in the same time, ",
+        end="",
+    )
     print(f"{statistics.median(theirs) - statistics.median(own):+.4f} lower; 0.10 below the published 1.88 is 1.78")
     if arguments.minutes:
         ours(training, validation, len(numbers), 60 * arguments.minutes, seed=0)

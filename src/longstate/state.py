@@ -1,6 +1,7 @@
 """What can be done with any state, whichever mixer or model it belongs to.
 
-A state is a tensor, or a tuple (of tuples, …) of tensors, batch first; ``None`` stands for a state not asked for. It is a
+A state is a tensor, or a tuple (of tuples, …) of tensors, batch first; ``None`` stands for a state not asked for. It
+is a
 value: nothing here or elsewhere changes one in place.
 """
 
@@ -27,7 +28,9 @@ def _map(function: Callable[..., Any], state: Any, *others: Any) -> Any:
         return None
     if isinstance(state, tuple):
         if any(type(o) is not type(state) or len(o) != len(state) for o in others):
-            raise ValueError(f"states of different structure: {type(state).__name__} beside {[type(o).__name__ for o in others]}")
+            raise ValueError(
+                f"states of different structure: {type(state).__name__} beside {[type(o).__name__ for o in others]}"
+            )
         parts = [_map(function, *members) for members in zip(state, *others, strict=True)]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
     raise ValueError(f"a state is made of tuples of tensors; {type(state).__name__} came")
@@ -59,8 +62,8 @@ def select(state: S, index: int | slice | Sequence[int] | Tensor) -> S:
 def concatenate(states: Sequence[S]) -> S:
     """Join states along the batch, as one joins their sequences.
 
-    A tensor that is shorter than its partner along the second axis is padded with zeros at the end: only full attention has
-    states that differ so, and there the second axis is the position, so that padding is free space.
+    A tensor that is shorter than its partner along the second axis is padded with zeros at the end: only full
+    attention has states that differ so, and there the second axis is the position, so that padding is free space.
 
     Raises:
         ValueError: If there is none, or their structures or shapes differ.
@@ -73,7 +76,9 @@ def concatenate(states: Sequence[S]) -> S:
             length = max(x.shape[1] for x in parts)
             parts = tuple(torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1) for x in parts)
         if len({x.shape[1:] for x in parts}) > 1:
-            raise ValueError(f"concatenate: tensors of shapes {[list(x.shape) for x in parts]} belong to different models")
+            raise ValueError(
+                f"concatenate: tensors of shapes {[list(x.shape) for x in parts]} belong to different models"
+            )
         return torch.cat(parts)
 
     result: S = _map(join, *states)
@@ -106,7 +111,10 @@ def save(state: Any, path: str | os.PathLike[str], metadata: dict[str, str] | No
         metadata: Strings kept beside the tensors.
     """
     # Complex numbers as pairs: not every safetensors knows complex64, and none complex128.
-    parts = {name: torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach() for name, x in _named(state)}
+    parts = {
+        name: torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+        for name, x in _named(state)
+    }
     tensors = {name: x.cpu().contiguous() for name, x in parts.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
@@ -155,7 +163,9 @@ def load(path: str | os.PathLike[str], like: S) -> S:
             fixed = 2 if x.ndim > 2 and x.shape[1] == 0 else 1
             batches.update(shape[:1])
             if len(shape) != len(wanted) or shape[fixed:] != wanted[fixed:] or len(batches) > 1:
-                raise ValueError(f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *wanted[1:]]}")
+                raise ValueError(
+                    f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *wanted[1:]]}"
+                )
         tensors = {name: file.get_tensor(name) for name in expected}
     names = iter(expected)
 
@@ -169,7 +179,9 @@ def load(path: str | os.PathLike[str], like: S) -> S:
 
 def _opened(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file. A state is written by longstate.state.save or `longstate generate --state-out`.")
+        raise FileNotFoundError(
+            f"{path}: no such file. A state is written by longstate.state.save or `longstate generate --state-out`."
+        )
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:

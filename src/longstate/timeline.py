@@ -13,11 +13,12 @@ class Timeline(NamedTuple):
     """What is known of the steps of a batch beside their content.
 
     Attributes:
-        dt: Time elapsed before each step, in units of the nominal step (1 everywhere when absent). Mixers with continuous time scale
-            their Δ by it; others raise ``ValueError``.
-        start: True where a new sequence begins: nothing before that step leaks past it, whether or not the step is valid.
-        valid: False where a step does not count: states pass it unchanged (``dt`` there is ignored), windows skip it, and
-            the output there is zero.
+        dt: Time elapsed before each step, in units of the nominal step (1 everywhere when absent). Mixers with
+            continuous time scale their Δ by it; others raise ``ValueError``.
+        start: True where a new sequence begins: nothing before that step leaks past it, whether or not the step is
+            valid.
+        valid: False where a step does not count: states pass it unchanged (``dt`` there is ignored), windows skip it,
+            and the output there is zero.
 
     Each is ``[b t]`` or broadcastable to it.
     """
@@ -60,7 +61,9 @@ def segments(start: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return start.cumsum(1)
 
 
-def zero_where_invalid(x: Shaped[Tensor, "b t *rest"], valid: Bool[Tensor, "b t"] | None) -> Shaped[Tensor, "b t *rest"]:
+def zero_where_invalid(
+    x: Shaped[Tensor, "b t *rest"], valid: Bool[Tensor, "b t"] | None
+) -> Shaped[Tensor, "b t *rest"]:
     """Return ``x`` with zeros at the steps that do not count, whatever stood there."""
     return x if valid is None else x.masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 2)), 0)
 
@@ -71,19 +74,21 @@ class Compaction(NamedTuple):
     Attributes:
         order: Where each step of the compacted row stands in the given one.
         rank: Where each step of the given row stands in the compacted one.
-        count: How many steps of each row are valid.
+        total: How many steps of each row are valid.
     """
 
     order: Int[Tensor, "b t"]
     rank: Int[Tensor, "b t"]
-    count: Int[Tensor, " b"]
+    total: Int[Tensor, " b"]
 
     @classmethod
     def of(cls, valid: Bool[Tensor, "b t"]) -> Compaction:
         """Return the compaction that keeps the valid steps of each row in order."""
         count = valid.sum(1)
         rank = torch.where(valid, valid.cumsum(1) - 1, count[:, None] + (~valid).cumsum(1) - 1)
-        order = torch.empty_like(rank).scatter_(1, rank, torch.arange(valid.shape[1], device=valid.device).expand_as(rank))
+        order = torch.empty_like(rank).scatter_(
+            1, rank, torch.arange(valid.shape[1], device=valid.device).expand_as(rank)
+        )
         return cls(order, rank, count)
 
     def compact(self, x: Shaped[Tensor, "b t *rest"]) -> Shaped[Tensor, "b t *rest"]:
@@ -92,13 +97,13 @@ class Compaction(NamedTuple):
 
     def restore(self, x: Shaped[Tensor, "b t *rest"]) -> Shaped[Tensor, "b t *rest"]:
         """Undo ``compact``, with zeros where steps are not valid."""
-        return zero_where_invalid(_take(x, self.rank), self.rank < self.count[:, None])
+        return zero_where_invalid(_take(x, self.rank), self.rank < self.total[:, None])
 
     def start(self, start: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
         """Bring start flags along: one on a step that does not count moves to the next step that does, or to the first
         of the padding, so that it still separates what comes after from what came before."""
         given = segments(start)
-        inside = torch.arange(given.shape[1], device=given.device) < self.count[:, None]
+        inside = torch.arange(given.shape[1], device=given.device) < self.total[:, None]
         segment = torch.where(inside, _take(given, self.order), given[:, -1:])
         return torch.diff(segment, dim=1, prepend=torch.zeros_like(segment[:, :1])) > 0
 

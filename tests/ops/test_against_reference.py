@@ -49,7 +49,7 @@ def linear_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable
     decay = None
     for name, shape in {"head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}.items():
         if name in kind:
-            decay = -torch.rand(shape, dtype=dtype) ** 4 * (40 if "strong" in kind else 1)
+            decay = -(torch.rand(shape, dtype=dtype) ** 4) * (40 if "strong" in kind else 1)
     q, key = (torch.randn(b, t, g, k, dtype=dtype) for _ in "qk")
     v, initial = torch.randn(b, t, h, p, dtype=dtype), torch.randn(b, h, k, p, dtype=dtype)
     return ops.linear_attention, dict(q=q, k=key, v=v, log_decay=decay, initial=initial)
@@ -70,8 +70,14 @@ def long_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[.
 
 CASES = [
     *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
-    *((selective_case, k) for k in ("zoh-euler", "zoh", "bilinear", "zoh complex fixed", "bilinear complex fixed", "zoh-euler complex")),
-    *((linear_case, k) for k in ("none", "head", "step", "channel", "groups none", "groups step strong", "groups channel strong")),
+    *(
+        (selective_case, k)
+        for k in ("zoh-euler", "zoh", "bilinear", "zoh complex fixed", "bilinear complex fixed", "zoh-euler complex")
+    ),
+    *(
+        (linear_case, k)
+        for k in ("none", "head", "step", "channel", "groups none", "groups step strong", "groups channel strong")
+    ),
     *((short_case, k) for k in ("", "one")),
     *((long_case, k) for k in ("", "few")),
 ]
@@ -81,13 +87,17 @@ IDS = [f"{make.__name__.removesuffix('_case')} {kind}".strip() for make, kind in
 def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> list[torch.Tensor]:
     """Return outputs, final state, and gradients of a random (but fixed) function of both."""
     arguments = {
-        name: x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.dtype.is_floating_point | x.dtype.is_complex else x
+        name: x.detach().clone().requires_grad_()
+        if isinstance(x, torch.Tensor) and x.dtype.is_floating_point | x.dtype.is_complex
+        else x
         for name, x in arguments.items()
     }
     y, final = function(**arguments, **options)
     generator = torch.Generator().manual_seed(0)
     weights = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, final))
-    total = sum((x.abs() if x.is_complex() else x).double().mul(w).sum() for x, w in zip((y, final), weights, strict=True))
+    total = sum(
+        (x.abs() if x.is_complex() else x).double().mul(w).sum() for x, w in zip((y, final), weights, strict=True)
+    )
     total = total + (y * y).real.sum() if y.is_complex() else total
     wanted = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)

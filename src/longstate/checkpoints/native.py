@@ -70,13 +70,15 @@ def load(
     folder = Path(folder)
     for path in (folder, folder / CONFIG, folder / WEIGHTS):
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such {'folder' if path == folder else 'file'}. A model folder has {CONFIG} and {WEIGHTS}.")
+            raise FileNotFoundError(
+                f"{path}: no such {'folder' if path == folder else 'file'}. A model folder has {CONFIG} and {WEIGHTS}."
+            )
     config = _read_config(folder / CONFIG)
     with torch.device("meta"):
         model = _named_errors(folder / CONFIG, config)
     _check(folder / WEIGHTS, model)
     with safe_open(folder / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
-        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+        for name in file.keys():
             _assign(model, name, file.get_tensor(name), dtype)
     model._tie()
     return model
@@ -109,7 +111,7 @@ def _check(path: Path, model: nn.Module) -> None:
         wanted.pop("lm_head.weight")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
             kinds = {name: file.get_slice(name).get_dtype() for name in found}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be cut short") from error

@@ -15,8 +15,8 @@ from ..timeline import Timeline, zero_where_invalid
 class Mixer(nn.Module, ABC):
     """A module that maps a sequence to a sequence, from a state to a state.
 
-    Prefill, chunk and one-token decoding are the same call: one step is a sequence of length 1. A state is a value; it is
-    never stored on the module and never changed in place.
+    Prefill, chunk and one-token decoding are the same call: one step is a sequence of length 1. A state is a value;
+    it is never stored on the module and never changed in place.
 
     Attributes:
         causal: Whether outputs depend on the present and the past only.
@@ -50,7 +50,8 @@ class Mixer(nn.Module, ABC):
         """Give every parameter its initial value; also after construction on the meta device and ``to_empty``."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Convert parameters as torch does, and keep their marks: torch may put new ones in their place without them."""
+        """Convert parameters as torch does, and keep their marks: torch may put new ones in their place without
+        them."""
         marks = {name: dict(vars(parameter)) for name, parameter in self.named_parameters()}
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():

@@ -84,7 +84,7 @@ class ShortConvolution(nn.Module):
 class OutputGate(nn.Module):
     """GELU, then a gated linear unit across channels: what follows the recurrence in S4D and S5 layers.
 
-        y = (W₁ z) ∘ σ(W₂ z),    z = GELU(x)
+    y = (W₁ z) ∘ σ(W₂ z),    z = GELU(x)
     """
 
     def __init__(self, width: int) -> None:

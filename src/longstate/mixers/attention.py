@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .._shapes import Float, Int, Tensor
-from ..timeline import Compaction, Timeline, segments, zero_where_invalid
+from ..timeline import Compaction, Timeline, segments
 from ._base import Mixer
 
 
@@ -33,7 +33,8 @@ class Attention(Mixer):
     Args:
         d_model: Channels.
         n_heads: Heads of queries.
-        n_kv_heads: Heads of keys and values, each shared by n_heads / n_kv_heads heads of queries; ``n_heads`` when absent.
+        n_kv_heads: Heads of keys and values, each shared by n_heads / n_kv_heads heads of queries; ``n_heads`` when
+            absent.
         head_dim: Channels of a head; d_model / n_heads when absent.
         window: How many steps each step sees, itself included; all when absent.
         rotary_dim: Channels of a head that are rotated by the position; all when absent, 0 for none.
@@ -44,7 +45,8 @@ class Attention(Mixer):
         ValueError: If the sizes do not go together; in ``forward``, if the timeline has ``dt``: attention counts steps.
 
     Source:
-        Vaswani et al., arXiv:1706.03762; rotary: Su et al., arXiv:2104.09864; grouped queries: Ainslie et al., arXiv:2305.13245.
+        Vaswani et al., arXiv:1706.03762; rotary: Su et al., arXiv:2104.09864; grouped queries: Ainslie et al.,
+        arXiv:2305.13245.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class Attention(Mixer):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")
         if window is not None and window < 1:
-            raise ValueError(f"Attention(window={window}): a step sees at least itself. Take 1 or more, or None for all.")
+            raise ValueError(
+                f"Attention(window={window}): a step sees at least itself. Take 1 or more, or None for all."
+            )
         if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
             raise ValueError(f"Attention(rotary_dim={rotary_dim}): wanted an even number from 0 to head_dim={head_dim}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
@@ -90,14 +94,18 @@ class Attention(Mixer):
         """Return an empty ring: of the window, or without slots for full attention."""
         weight = self.k_proj.weight
         shape = (batch_size, self.window or 0, self.n_kv_heads, self.head_dim)
-        return AttentionState(weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long))
+        return AttentionState(
+            weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long)
+        )
 
     def forward(
         self, x: Float[Tensor, "b t d"], state: AttentionState | None = None, timeline: Timeline | None = None
     ) -> tuple[Float[Tensor, "b t d"], AttentionState]:
         """Return outputs and the state after the last step."""
         if timeline is not None and timeline.dt is not None:
-            raise ValueError("Attention: the timeline has dt, but attention counts steps and knows no time. Leave dt out.")
+            raise ValueError(
+                "Attention: the timeline has dt, but attention counts steps and knows no time. Leave dt out."
+            )
         x, (_, start, valid) = self._enter(x, timeline)
         batch, length, _ = x.shape
         if length == 0:
@@ -126,7 +134,7 @@ class Attention(Mixer):
         y = self.o_proj(y.flatten(-2))
         y = y if compaction is None else compaction.restore(y)
 
-        count = before.new_full((batch,), length) if compaction is None else compaction.count
+        count = before.new_full((batch,), length) if compaction is None else compaction.total
         total, origin = before + count, -before  # how long the last sequence is, and where its position 0 stands
         if began is not None:
             origin = torch.where(began[:, -1] < 0, origin, began[:, -1])
@@ -155,7 +163,7 @@ class Attention(Mixer):
         if self._within_window(length):
             return _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
         # Blocks as long as the window: each sees itself and the one before.
-        w = self.window
+        w = cast(int, self.window)
         fill = -length % w
         # Steps filled in at the end see each other and no other: a step that saw nothing would divide 0 by 0.
         q, position, segment = _filled(q, 0, fill), _filled(position, 0, fill), _filled(segment, 0, fill, -2)
@@ -187,7 +195,9 @@ class Attention(Mixer):
         source = (origin[:, None] + position + offset).masked_fill(empty, 0)
         source = source[..., None, None].expand(*source.shape, *k.shape[2:])
         key, value = (
-            (new if past is None else torch.cat([old.to(new.dtype), new], 1)).gather(1, source).masked_fill(empty[..., None, None], 0)
+            (new if past is None else torch.cat([old.to(new.dtype), new], 1))
+            .gather(1, source)
+            .masked_fill(empty[..., None, None], 0)
             for old, new in zip(past or (k, v), (k, v), strict=True)
         )
         return AttentionState(key, value, total)

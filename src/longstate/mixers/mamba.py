@@ -26,7 +26,8 @@ class MambaState(NamedTuple):
 class StepProjection(nn.Linear):
     """A linear map whose bias is left to the caller, who adds it in float32 before softplus.
 
-    Adding it in bfloat16 gives visibly other steps. The module is called, never its weight alone, so that adapters work.
+    Adding it in bfloat16 gives visibly other steps. The module is called, never its weight alone, so that adapters
+    work.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -74,7 +75,9 @@ class Mamba(Mixer):
         inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         if min(inner, d_state, dt_rank) < 1:
-            raise ValueError(f"Mamba(d_model={d_model}, d_state={d_state}, expand={expand}, dt_rank={dt_rank}): sizes start at 1")
+            raise ValueError(
+                f"Mamba(d_model={d_model}, d_state={d_state}, expand={expand}, dt_rank={dt_rank}): sizes start at 1"
+            )
         check_steps("Mamba", dt_min, dt_max)
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, inner, d_state, dt_rank
         self.dt_min, self.dt_max = dt_min, dt_max

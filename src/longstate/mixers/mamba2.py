@@ -24,7 +24,8 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(Mixer):
-    """Run a state space model with one decay for each head, as linear attention with q = C, k = B, v = Δx and decay e^{ΔA}.
+    """Run a state space model with one decay for each head, as linear attention with q = C, k = B, v = Δx and decay
+    e^{ΔA}.
 
         [z, x, B, C, δ] = W_in u;  [x, B, C] ← SiLU(conv([x, B, C]));  Δ = clamp(softplus(δ + b_Δ))
         S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ,    y_t = W_out RMSNorm((S_tᵀ C_t + D x_t) ∘ SiLU(z_t))
@@ -71,14 +72,14 @@ class Mamba2(Mixer):
         inner = int(expand * d_model)
         if inner < 1 or head_dim < 1 or inner % head_dim:
             raise ValueError(
-                f"Mamba2(d_model={d_model}, head_dim={head_dim}): expand·d_model = {inner} is not a multiple of head_dim. "
-                f"Try head_dim={math.gcd(inner, max(1, head_dim))}."
+                f"Mamba2(d_model={d_model}, head_dim={head_dim}): expand·d_model = {inner} is not a multiple of "
+                f"head_dim. Try head_dim={math.gcd(inner, max(1, head_dim))}."
             )
         n_heads = inner // head_dim
         if n_groups < 1 or n_heads % n_groups:
             raise ValueError(
-                f"Mamba2(n_groups={n_groups}): {n_heads} heads (expand·d_model / head_dim) do not divide into {n_groups} groups. "
-                f"Try n_groups={math.gcd(n_heads, max(1, n_groups))}."
+                f"Mamba2(n_groups={n_groups}): {n_heads} heads (expand·d_model / head_dim) do not divide into "
+                f"{n_groups} groups. Try n_groups={math.gcd(n_heads, max(1, n_groups))}."
             )
         check_steps("Mamba2", dt_min, dt_max)
         self.d_model, self.d_inner, self.d_state = d_model, inner, d_state

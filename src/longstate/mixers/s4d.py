@@ -35,8 +35,9 @@ class S4D(Mixer):
 
         x′(t) = diag(A) x(t) + B u(t),    y(t) = 2 Re(Cᵀ x(t)) + D u(t)
 
-    sampled with a step Δ learned for each channel. A long plain sequence is convolved with the kernel K_l = 2 Re Σ_n C_n B̄_n Ā_n^l, a short one,
-    or one with a timeline, is scanned; both give the same outputs and the same state.
+    sampled with a step Δ learned for each channel. A long plain sequence is convolved with the kernel
+    K_l = 2 Re Σ_n C_n B̄_n Ā_n^l; a short one, or one with a timeline, is scanned. Both give the same outputs and the
+    same state.
 
     Args:
         d_model: Channels.
@@ -66,13 +67,17 @@ class S4D(Mixer):
     ) -> None:
         super().__init__()
         if initialization not in INITIALIZATIONS:
-            raise ValueError(f"S4D(initialization={initialization!r}): none such.{nearest(initialization, INITIALIZATIONS)}")
+            raise ValueError(
+                f"S4D(initialization={initialization!r}): none such.{nearest(initialization, INITIALIZATIONS)}"
+            )
         if discretization not in ("zoh", "bilinear"):
             raise ValueError(f"S4D(discretization={discretization!r}): none such. Known: bilinear, zoh.")
         if output not in ("glu", "identity"):
             raise ValueError(f"S4D(output={output!r}): none such. Known: glu, identity.")
         if d_state < 1 or (d_state % 2 and initialization != "real"):
-            raise ValueError(f"S4D(d_state={d_state}): modes come in conjugate pairs. Try d_state={max(2, d_state + 1)}.")
+            raise ValueError(
+                f"S4D(d_state={d_state}): modes come in conjugate pairs. Try d_state={max(2, d_state + 1)}."
+            )
         check_steps("S4D", dt_min, dt_max)
         self.d_model, self.d_state = d_model, d_state
         self.initialization, self.discretization = initialization, discretization
@@ -99,7 +104,9 @@ class S4D(Mixer):
             self.log_A_real.copy_(torch.from_numpy(np.log(-A.real)).expand_as(self.log_A_real))
             if self.A_imag is not None:
                 self.A_imag.copy_(torch.from_numpy(A.imag.copy()).expand_as(self.A_imag))
-            self.B.copy_(torch.from_numpy(B.real.copy() if self.real else np.stack([B.real, B.imag], -1)).expand_as(self.B))
+            self.B.copy_(
+                torch.from_numpy(B.real.copy() if self.real else np.stack([B.real, B.imag], -1)).expand_as(self.B)
+            )
             nn.init.normal_(self.C, std=1 if self.real else math.sqrt(0.5))
             nn.init.normal_(self.D)
             log_uniform_(self.log_dt, self.dt_min, self.dt_max)
@@ -186,7 +193,7 @@ class S4D(Mixer):
         return y, final
 
     def _real(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Return 2 Re Σ_n coarse_{n,i} fine_{n,j} (or the sum itself, of real modes) as one real product, ``[… d (i j)]``."""
+        """Return 2 Re Σ_n coarse_ni fine_nj (of real modes the sum itself) as one real product, ``[… d (i j)]``."""
         if not self.real:
             coarse = 2 * torch.cat([coarse.real, -coarse.imag], -2)
             fine = torch.cat([fine.real, fine.imag], -2)

@@ -95,7 +95,9 @@ class LanguageModel(nn.Module):
         try:
             return cls(**config)
         except (TypeError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"configuration: an entry has the wrong kind of value ({str(error).splitlines()[0]})") from error
+            raise ValueError(
+                f"configuration: an entry has the wrong kind of value ({str(error).splitlines()[0]})"
+            ) from error
 
     def reset_parameters(self) -> None:
         """Give every parameter its initial value; also after construction on the meta device and ``to_empty``."""

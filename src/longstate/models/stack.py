@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Add to the residual stream what a mixer makes of it, and then what an MLP does.
 
-        r ← r + mixer(norm(r));    r ← r + mlp(norm2(r))
+    r ← r + mixer(norm(r));    r ← r + mlp(norm2(r))
     """
 
     def __init__(self, d_model: int, mixer: Mixer, mlp: GatedMLP | None, norm_eps: float) -> None:
@@ -106,7 +106,9 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(layers, str) or not isinstance(layers, Sequence):
-            raise ValueError(f'Stack(layers={layers!r}): wanted a list with an entry for each layer, such as ["mamba2"] * 4')
+            raise ValueError(
+                f'Stack(layers={layers!r}): wanted a list with an entry for each layer, such as ["mamba2"] * 4'
+            )
         self.d_model = d_model
         self.residual_in_fp32, self.checkpoint_activations = residual_in_fp32, checkpoint_activations
         self.embedding = embedding
@@ -130,7 +132,7 @@ class Stack(nn.Module):
         """
         branches = [
             module.weight
-            for block in self.layers
+            for block in self._blocks()
             for name, module in block.named_modules()
             if name.rpartition(".")[2] in ("out_proj", "o_proj", "fc2") and isinstance(module, nn.Linear)
         ]
@@ -140,7 +142,10 @@ class Stack(nn.Module):
 
     def initial_state(self, batch_size: int) -> tuple[Any, ...]:
         """Return the states of ``batch_size`` sequences before their first step, one for each layer."""
-        return tuple(block.mixer.initial_state(batch_size) for block in self.layers)
+        return tuple(block.mixer.initial_state(batch_size) for block in self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        return cast(Iterator[Block], iter(self.layers))
 
     def forward(
         self, x: Tensor, state: tuple[Any, ...] | None = None, timeline: Timeline | None = None
@@ -161,7 +166,7 @@ class Stack(nn.Module):
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         states = []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self._blocks()):
             arguments = (residual, None if state is None else state[i], timeline)
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 residual, after = checkpoint(block, *arguments, use_reentrant=False)
@@ -173,14 +178,18 @@ class Stack(nn.Module):
 
 def _block(i: int, d_model: int, layer: LayerSpec, mlp: Mapping[str, Any] | None, norm_eps: float) -> Block:
     """Build a layer from its description."""
-    options = {"mixer": layer} if isinstance(layer, str) else dict(layer) if isinstance(layer, Mapping) else {}
+    options: dict[str, Any] = {"mixer": layer} if isinstance(layer, str) else {}
+    if isinstance(layer, Mapping):
+        options = dict(layer)
     if not isinstance(options.get("mixer"), str):
         raise ValueError(f'layers[{i}] = {layer!r}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}')
     name, mlp = options.pop("mixer"), options.pop("mlp", mlp)
     if name not in MIXERS:
         raise ValueError(f"layers[{i}]: there is no mixer {name!r}.{nearest(name, MIXERS)}")
     mixer = _construct(f"layers[{i}]: {name}", MIXERS[name], d_model, options)
-    return Block(d_model, mixer, None if mlp is None else _construct(f"layers[{i}]: mlp", GatedMLP, d_model, mlp), norm_eps)
+    return Block(
+        d_model, mixer, None if mlp is None else _construct(f"layers[{i}]: mlp", GatedMLP, d_model, mlp), norm_eps
+    )
 
 
 def _construct(where: str, kind: type[Any], d_model: int, options: Mapping[str, Any]) -> Any:

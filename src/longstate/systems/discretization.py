@@ -24,4 +24,6 @@ def bilinear(A: Matrix, B: Matrix, dt: float) -> tuple[Matrix, Matrix]:
     """Return Ā = (I − ΔA/2)⁻¹(I + ΔA/2) and B̄ = (I − ΔA/2)⁻¹ΔB (Tustin), of second order."""
     identity = np.eye(len(A))
     left = identity - dt / 2 * A
-    return np.linalg.solve(left, identity + dt / 2 * A), np.linalg.solve(left, dt * B)
+    solved = np.linalg.solve(left, np.column_stack([identity + dt / 2 * A, dt * B.reshape(len(A), -1)]))
+    result: Matrix = np.asarray(solved, dtype=np.float64)
+    return result[:, : len(A)], result[:, len(A) :].reshape(B.shape)

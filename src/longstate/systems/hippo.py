@@ -59,8 +59,13 @@ def diagonal_modes(A: Matrix, B: Matrix) -> DiagonalSystem:
     shift = np.trace(A) / size
     skew = A - shift * np.eye(size)
     if size % 2 or not np.allclose(skew, -skew.T, atol=1e-9 * max(1, np.abs(A).max())):
-        raise ValueError(f"diagonal_modes: A {list(A.shape)} must be of even size and skew-symmetric plus a multiple of I")
+        raise ValueError(
+            f"diagonal_modes: A {list(A.shape)} must be of even size and skew-symmetric plus a multiple of I"
+        )
     # −i·skew is Hermitian: its eigenvalues are real and its eigenvectors orthonormal to full precision.
     frequencies, V = np.linalg.eigh(-1j * skew)
-    V, frequencies = V[:, size // 2 :], frequencies[size // 2 :]
-    return DiagonalSystem(shift + 1j * frequencies, V.conj().T @ B, V)
+    eigenvalues, basis, projected = (
+        np.asarray(x, dtype=np.complex128)
+        for x in (shift + 1j * frequencies[size // 2 :], V[:, size // 2 :], V[:, size // 2 :].conj().T @ B)
+    )
+    return DiagonalSystem(eigenvalues, projected, basis)

@@ -49,7 +49,9 @@ def short(
     """
     if activation not in (None, "silu"):
         raise ValueError(f"convolution.short(activation={activation!r}): none such.{nearest(activation, ['silu'])}")
-    return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, Timeline(None, start, valid), backend)
+    return _convolve(
+        "short_convolution", u, weight.flip(1), bias, initial, activation, Timeline(None, start, valid), backend
+    )
 
 
 def long(
@@ -122,7 +124,7 @@ def _convolve(
 
     if compaction is not None:
         y = compaction.restore(y)
-        window = compaction.count[:, None] + torch.arange(before, device=u.device)
+        window = compaction.total[:, None] + torch.arange(before, device=u.device)
         final = padded.gather(1, window[..., None].expand(batch, before, width))
         alive = None if segment is None else segment.gather(1, window) == segment[:, -1:]
     else:

@@ -12,7 +12,8 @@ FEW = 8  # up to so many steps, one product each beats transforms
 
 
 def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
-    """Return the convolution by one multiply-add for each tap, or by the depthwise convolution of the machine's library."""
+    """Return the convolution by one multiply-add for each tap, or by the depthwise convolution of the machine's
+    library."""
     before = taps.shape[1] - 1
     length = padded.shape[1] - before
     # The library knows no fast double precision, refuses what is empty, and takes long to begin.
@@ -65,7 +66,8 @@ def _same(segment: Tensor, i: int, before: int, length: int) -> Tensor:
 
 
 def fft(u: Tensor, taps: Tensor, length: int) -> Tensor:
-    """Return the first ``length`` steps of the causal convolution of ``u [… t d]`` with ``taps [d l]``, by real transforms.
+    """Return the first ``length`` steps of the causal convolution of ``u [… t d]`` with ``taps [d l]``, by real
+    transforms.
 
     Twice the length keeps the circular convolution from wrapping around.
     """
@@ -120,8 +122,8 @@ def _causal(u: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
 def _within_segments(u: Tensor, taps: Tensor, segment: Tensor) -> Tensor:
     """Return the convolution in which no segment sees another, by halving.
 
-    In a block, what its left half sends to its right half belongs to the one segment that is alive at its middle. So each
-    block needs one masked transform, and each step lies in log₂ t blocks.
+    In a block, what its left half sends to its right half belongs to the one segment that is alive at its middle. So
+    each block needs one masked transform, and each step lies in log₂ t blocks.
     """
     batch, given, width = u.shape
     length = max(DIRECT, 1 << (given - 1).bit_length())
@@ -159,7 +161,11 @@ def _correlate_within_segments(grad: Tensor, u: Tensor, segment: Tensor, taps: i
     segment = pad(segment, (0, length - given), value=-1)
     total = g.new_zeros(width, length + 1)
     size = DIRECT // 2
-    g_blocks, blocks, ids = g.view(batch, -1, size, width), u.view(batch, -1, size, width), segment.view(batch, -1, size)
+    g_blocks, blocks, ids = (
+        g.view(batch, -1, size, width),
+        u.view(batch, -1, size, width),
+        segment.view(batch, -1, size),
+    )
     total[:, 0] = (g_blocks * blocks).sum((0, 1, 2))
     for i in range(1, size):
         same = (ids[:, :, i:] == ids[:, :, :-i])[..., None]
@@ -170,7 +176,8 @@ def _correlate_within_segments(grad: Tensor, u: Tensor, segment: Tensor, taps: i
         alive = (ids == ids[:, :, size - 1 : size])[..., None]
         sent, received = blocks[:, :, :size] * alive[:, :, :size], g_blocks[:, :, size:] * alive[:, :, size:]
         spectrum = torch.fft.rfft(received, n=2 * size, dim=2) * torch.fft.rfft(sent, n=2 * size, dim=2).conj()
-        # Received steps are `size` later than the sent ones they stand beside: lags 1 … 2·size − 1, none wraps onto another.
+        # Received steps are `size` later than the sent ones they stand beside: lags 1 … 2·size − 1, none wraps onto
+        # another.
         lags = torch.fft.irfft(spectrum.sum((0, 1)), n=2 * size, dim=0).roll(size, 0)
         total[:, 1 : 2 * size] += lags[1:].transpose(0, 1)
         size *= 2

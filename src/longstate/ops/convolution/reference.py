@@ -8,7 +8,8 @@ import torch
 def convolution(padded: torch.Tensor, taps: torch.Tensor, segment: torch.Tensor | None) -> torch.Tensor:
     """Return y_t = Σ_i taps_i ∘ u_{t−i} over the steps of the same segment.
 
-    ``padded`` is ``[b l−1+t d]``: what came before, then the inputs; ``taps`` is ``[d l]``; ``segment`` is ``[b l−1+t]``.
+    ``padded`` is ``[b l−1+t d]``: what came before, then the inputs; ``taps`` is ``[d l]``; ``segment`` is ``[b
+    l−1+t]``.
     """
     before = taps.shape[1] - 1
     outputs = []

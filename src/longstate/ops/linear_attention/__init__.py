@@ -45,15 +45,17 @@ def linear_attention(
         ValueError: If shapes do not go together or the backend does not exist.
 
     Source:
-        Katharopoulos et al., arXiv:2006.16236; Yang et al., arXiv:2312.06635 (gates, chunks); Dao and Gu, arXiv:2405.21060
-        (q = C, k = B, v = Δx, g = ΔA).
+        Katharopoulos et al., arXiv:2006.16236; Yang et al., arXiv:2312.06635 (gates, chunks); Dao and Gu,
+        arXiv:2405.21060 (q = C, k = B, v = Δx, g = ΔA).
     """
     batch, length, groups, width = q.shape
     heads = v.shape[2]
     expect("linear_attention", "k", k, tuple(q.shape))
     expect("linear_attention", "v", v, (batch, length, heads, v.shape[3]))
     if heads % groups:
-        raise ValueError(f"linear_attention: {heads} heads of v cannot share {groups} groups of q and k. Take a divisor of {heads}.")
+        raise ValueError(
+            f"linear_attention: {heads} heads of v cannot share {groups} groups of q and k. Take a divisor of {heads}."
+        )
     if log_decay is not None:
         shape = (batch, length, heads)
         expect("linear_attention", "log_decay", log_decay, (heads,), shape, (*shape, width))
@@ -66,7 +68,9 @@ def linear_attention(
     if log_decay is not None:
         log_decay = log_decay.to(dtype)
         if timeline.valid is not None:
-            log_decay = zero_where_invalid(log_decay.expand(shape) if log_decay.ndim == 1 else log_decay, timeline.valid)
+            log_decay = zero_where_invalid(
+                log_decay.expand(shape) if log_decay.ndim == 1 else log_decay, timeline.valid
+            )
     state = v.new_zeros(batch, heads, width, v.shape[3]) if initial is None else initial.to(dtype)
     backend = choose("linear_attention", backend)
     if backend == "reference":
@@ -96,7 +100,9 @@ def linear_attention_decay(
     """
     if length is not None:
         if start is not None or valid is not None:
-            raise ValueError("linear_attention_decay(length=…): start and valid need a decay for each step. Expand it to [b t h].")
+            raise ValueError(
+                "linear_attention_decay(length=…): start and valid need a decay for each step. Expand it to [b t h]."
+            )
         return torch.exp(log_decay * length)
     timeline = Timeline(start=start, valid=valid).expand(*log_decay.shape[:2])
     total = zero_where_invalid(log_decay, timeline.valid).sum(1).exp()
@@ -141,8 +147,8 @@ register(
 )
 define(
     "linear_attention_backward",
-    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor y, Tensor beginnings"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor y,"
+    " Tensor beginnings -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"chunked": chunked.linear_attention_backward},
     _fake_backward,
 )

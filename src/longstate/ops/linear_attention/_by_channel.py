@@ -1,7 +1,7 @@
 """A decay for each key channel: the scores need it inside their sum over channels.
 
-Between sub-blocks of a chunk the exponent is split at the later one's beginning, e^{G_t − G_r} e^{G_r − G_s}, so that both factors are at
-most 1; within a sub-block it is formed for each channel. Groups are written out as heads here.
+Between sub-blocks of a chunk the exponent is split at the later one's beginning, e^{G_t − G_r} e^{G_r − G_s}, so that
+both factors are at most 1; within a sub-block it is formed for each channel. Groups are written out as heads here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..._shapes import Tensor
-from ._span import Span, times
+from ._span import Span
 
 SUB = 16  # steps of a sub-block
 
@@ -34,10 +34,10 @@ class _Heads(NamedTuple):
         assert span.G is not None and into is not None and out is not None and through is not None
         repeats = span.v.shape[4]
         q, k = (x[:, :, :, :, None].expand(*x.shape[:4], repeats, -1) for x in (span.q, span.k))
-        rows = (x.flatten(3, 4).transpose(2, 3) for x in (q, k, span.v, span.G))
-        factors = (x.expand_as(span.G).flatten(3, 4).transpose(2, 3) for x in (into, out))
+        q, k, v, G = (x.flatten(3, 4).transpose(2, 3) for x in (q, k, span.v, span.G))
+        into, out = (x.expand_as(span.G).flatten(3, 4).transpose(2, 3) for x in (into, out))
         same = span.same if span.same.ndim == 2 else span.same[:, :, 0]
-        return cls(*rows, same, *factors, through.expand_as(span.G[:, :, 0]).flatten(2, 3)[..., None])
+        return cls(q, k, v, G, same, into, out, through.expand_as(span.G[:, :, 0]).flatten(2, 3)[..., None])
 
 
 def enter(state: Tensor, groups: int) -> Tensor:
@@ -111,7 +111,8 @@ def _scores_backward(x: _Heads, d_scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside(x: _Heads, here: slice) -> Tensor:
-    """Return e^{G_t − G_s} for each channel within a sub-block, ``[… t s k]``; later s, which do not count, become 1."""
+    """Return e^{G_t − G_s} for each channel within a sub-block, ``[… t s k]``; later s, which do not count, become
+    1."""
     G = x.G[..., here, :]
     return (G[..., :, None, :] - G[..., None, :, :]).to(x.q.dtype).clamp_(max=0).exp_()
 

@@ -1,4 +1,5 @@
-"""One decay for all key channels of a head, or none: everything but the scores' decay is shared by the heads of a group.
+"""One decay for all key channels of a head, or none: everything but the scores' decay is shared by the heads of a
+group.
 
 The state is kept as ``[b g k r p]``, so that all heads of a group meet their keys and queries in one matrix product.
 """
@@ -30,8 +31,8 @@ def _decay(span: Span) -> Tensor:
     if span.G is None:
         return same
     G = span.G.movedim(2, -1)
-    # Differences in float64: sums of large decays must not swallow the small ones between neighbours. What is left after
-    # the floor is below 10⁻²⁶; smaller numbers would be denormal, on which processors stumble.
+    # Differences in float64: sums of large decays must not swallow the small ones between neighbours. What is left
+    # after the floor is below 10⁻²⁶; smaller numbers would be denormal, on which processors stumble.
     floor = 0.7 * math.log(torch.finfo(dtype).tiny)
     return (G[..., :, None] - G[..., None, :]).to(dtype).clamp_(floor, 0).exp_().mul_(same)
 

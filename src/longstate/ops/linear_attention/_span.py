@@ -37,8 +37,8 @@ class Span(NamedTuple):
     last: Tensor | None
 
     def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return what is left of the state before at each step, of each step at the chunk's end (both like G), and of the
-        state before at the end (like G without c); ``None`` stands for 1."""
+        """Return what is left of the state before at each step, of each step at the chunk's end (both like G), and of
+        the state before at the end (like G without c); ``None`` stands for 1."""
         into = out = through = None
         if self.G is not None:
             end = self.G[:, :, -1:]
@@ -50,7 +50,8 @@ class Span(NamedTuple):
         return into, out, through
 
     def states(self, written: Tensor, through: Tensor | None, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the state before each chunk, of what each chunk writes and the state before the span, and the one after."""
+        """Return the state before each chunk, of what each chunk writes and the state before the span, and the one
+        after."""
         kept = torch.ones_like(written[..., :1, :1, :1]) if through is None else through
         states, after = scan(kept, written, before)
         return torch.cat([before[:, None], states[:, :-1]], 1), after
@@ -89,7 +90,8 @@ def spans(
             segment = cut(start[:, at], c).cumsum(2)
             same = (causal & (segment[..., :, None] == segment[..., None, :]))[:, :, None, None]
             fresh, last = segment > 0, segment == segment[..., -1:]
-        yield at, Span(*(cut(x[:, at], c) for x in (q, k)), cut(v[:, at], c).unflatten(3, (groups, -1)), G, same, fresh, last)
+        values = cut(v[:, at], c).unflatten(3, (groups, -1))
+        yield at, Span(cut(q[:, at], c), cut(k[:, at], c), values, G, same, fresh, last)
 
 
 def cut(x: Tensor, c: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Gated linear attention in chunks: matrix products within and between them.
 
-Within a chunk, with G the running sum of the log decays there, y_t = Σ_{s≤t} (q_t · e^{G_t − G_s} k_s) v_s + (q_t e^{G_t}) S, where S is
-the state before the chunk; the state after it is e^{G_c} S + Σ_s (e^{G_c − G_s} k_s) v_sᵀ. Exponents are never positive:
-e^{G_t} and e^{−G_s} are not formed apart. Document starts are masks on (t, s), not infinities in G.
+Within a chunk, with G the running sum of the log decays there, y_t = Σ_{s≤t} (q_t · e^{G_t − G_s} k_s) v_s + (q_t
+e^{G_t}) S, where S is the state before the chunk; the state after it is e^{G_c} S + Σ_s (e^{G_c − G_s} k_s) v_sᵀ.
+Exponents are never positive: e^{G_t} and e^{−G_s} are not formed apart. Document starts are masks on (t, s), not
+infinities in G.
 
 A long sequence is taken in spans of chunks, so that what exists besides inputs and outputs does not grow with t; the
 backward pass keeps the state before each span and recomputes the rest. Gradients come from the same two formulas, those
@@ -28,7 +29,7 @@ def _form(log_decay: Tensor | None) -> ModuleType:
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around the spans ``[i+1 b h k p]``."""
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around spans ``[i+1 b h k p]``."""
     if v.shape[1] == 1:
         y, state = _one_step(q, k, v, log_decay, initial, start)
         return y, state, torch.stack([initial, state])

@@ -75,7 +75,9 @@ def scan_decay(
     """
     if length is not None:
         if start is not None or valid is not None:
-            raise ValueError("scan_decay(length=…): start and valid need coefficients for each step. Expand a to [b t …].")
+            raise ValueError(
+                "scan_decay(length=…): start and valid need coefficients for each step. Expand a to [b t …]."
+            )
         return a**length
     return _masked(a, a, Timeline(start=start, valid=valid).expand(*a.shape[:2]))[0].prod(1)
 

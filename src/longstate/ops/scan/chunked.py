@@ -1,8 +1,9 @@
 """The recurrence by odd–even reduction: O(t) work in 2 log₂ t passes over whole tensors.
 
-Neighbours are combined in pairs, h_{2i+1} = (a_{2i+1} a_{2i}) ∘ h_{2i−1} + (a_{2i+1} b_{2i} + b_{2i+1}); that is the same
-recurrence at half the length. Its states are every second one, and one product each gives those between (Blelloch, 1990).
-Only products of coefficients appear, never quotients, so that zeros and small coefficients are as exact as in the loop.
+Neighbours are combined in pairs, h_{2i+1} = (a_{2i+1} a_{2i}) ∘ h_{2i−1} + (a_{2i+1} b_{2i} + b_{2i+1}); that is the
+same recurrence at half the length. Its states are every second one, and one product each gives those between
+(Blelloch, 1990). Only products of coefficients appear, never quotients, so that zeros and small coefficients are as
+exact as in the loop.
 """
 
 from __future__ import annotations

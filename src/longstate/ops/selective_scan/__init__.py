@@ -42,7 +42,8 @@ def selective_scan(
         C: Output coefficients ``[b t n]`` or fixed ``[d n]``.
         D: Skip.
         initial: h_0; zero when absent.
-        discretization: "zoh-euler" (decay e^z, φ = 1), "zoh" (e^z, (e^z − 1)/z) or "bilinear" ((1+z/2)/(1−z/2), 1/(1−z/2)).
+        discretization: "zoh-euler" (decay e^z, φ = 1), "zoh" (e^z, (e^z − 1)/z) or "bilinear" ((1 + z/2)/(1 − z/2),
+            1/(1 − z/2)).
         start: Where the state is set to zero before the step.
         valid: Where the step counts; elsewhere the state passes unchanged and the output is zero.
         backend: A backend by name (``ops.backends()``); the best there is when absent.
