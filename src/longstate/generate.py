@@ -262,8 +262,8 @@ def generate(
         memory: What was read before (of all rows, or of one for all).
         chunk: Tokens read at a time.
 
-    Yields:
-        For each token its ``Step``.
+    Returns:
+        An iterator of one ``Step`` for each token; the prompts have been read when it is returned.
 
     Raises:
         ValueError: If the tokenizer is not the model's, a stop string is empty, or there is nothing to go on from.
@@ -280,7 +280,12 @@ def generate(
         memory = read(model, [tokenizer.encode(text) for text in prompts], memory, chunk)
     if memory is None:
         raise ValueError("generate: neither prompts nor a memory came. Give at least one of them.")
-    writers = [_Writer(tokenizer.stream(), stop) for _ in memory.token]
+    return _steps(model, memory, sampling, max_tokens, [_Writer(tokenizer.stream(), stop) for _ in memory.token])
+
+
+def _steps(
+    model: LanguageModel, memory: Memory, sampling: Sampling, max_tokens: int, writers: Sequence[_Writer]
+) -> Iterator[Step]:
     for count in range(1, max_tokens + 1):
         active = torch.tensor([not writer.done for writer in writers], device=memory.token.device)
         if not active.any():

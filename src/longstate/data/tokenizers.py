@@ -127,7 +127,10 @@ class TokenizerFile:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the same ``tokenizer.json`` into a folder."""
-        Path(folder, FILE_NAME).write_bytes(self._json)
+        path = Path(folder, FILE_NAME)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(self._json)
+        os.replace(part, path)
 
 
 class _FileStream:

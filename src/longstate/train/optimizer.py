@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,11 @@ from .._shapes import Tensor
 _FLOOR = 0.01
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Sort parameters by what they take of weight decay and learning rate.
 
-    Only matrices decay: not vectors (norms, biases), nor what a mixer marks with ``_no_weight_decay`` (A, Δ, D). A mixer
-    may ask for a smaller learning rate with ``_lr``.
+    Only matrices decay: not vectors (norms, biases), nor what a mixer marks with ``_no_weight_decay`` (A, Δ, D).
+    A mixer may ask for a smaller learning rate with ``_lr``.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for parameter in model.parameters():
@@ -44,7 +45,7 @@ def rate_factor(progress: float, warmup: float) -> float:
     return _FLOOR + (1 - _FLOOR) * (1 + turn) / 2
 
 
-def set_rates(groups: Iterable[dict[str, float]], factor: float) -> None:
+def set_rates(groups: Iterable[dict[str, Any]], factor: float) -> None:
     """Set the learning rate of every group to its part of the group's largest."""
     for group in groups:
         group["lr"] = factor * group["largest_lr"]

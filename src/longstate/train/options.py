@@ -1,4 +1,4 @@
-"""What a training run is told: the one list of options behind the command line, the configuration file and the saved run."""
+"""The options of a training run: one list behind the command line, the configuration file and the saved run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -16,7 +16,18 @@ from .._errors import nearest
 
 PRECISIONS = ("float32", "bfloat16")
 # What may change when a run is taken up again: how long it goes on, what it reports, and where it runs.
-_CHANGEABLE = {"out", "steps", "minutes", "device", "log_every", "validate_every", "checkpoint_seconds"}
+_CHANGEABLE = {
+    "out",
+    "steps",
+    "minutes",
+    "device",
+    "log_every",
+    "validate_every",
+    "checkpoint_seconds",
+    "sample_tokens",
+}
+
+_MAY_BE_ZERO = {"seed", "warmup", "weight_decay", "checkpoint_seconds", "sample_tokens"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,10 +46,15 @@ class Options:
 
     text: list[str] = _option(list, "Text files or folders; without any, the sources of Python's standard library.")
     out: str = _option("runs/first", "Folder for the model, its checkpoint, logs and plot.")
-    steps: int | None = _option(None, "Train for this many steps: the result depends on the options and the seed alone.")
-    minutes: float | None = _option(None, "Train for this long, resumed parts added up; with --steps, whichever ends first.")
+    steps: int | None = _option(
+        None, "Train for this many steps: the result depends on the options and the seed alone."
+    )
+    minutes: float | None = _option(
+        None, "Train for so long, resumed parts added up; 3 if neither this nor --steps is given."
+    )
     model: str = _option(
-        "mamba2", "A mixer's name, or a list of layers in YAML, as in '[mamba2, {mixer: attention, n_heads: 4}]', repeated."
+        "mamba2",
+        "A mixer's name, or a list of layers in YAML, as in '[mamba2, {mixer: attention, n_heads: 4}]', repeated.",
     )
     d_model: int = _option(192, "Width of the model.")
     n_layers: int = _option(4, "Number of layers.")
@@ -59,13 +75,14 @@ class Options:
     validation_fraction: float = _option(0.05, "Part of the text that is held out for validation, by documents.")
     validation_tokens: int = _option(65536, "Tokens of the held-out text that a validation reads.")
     checkpoint_seconds: float = _option(60.0, "Seconds between two checkpoints.")
+    sample_tokens: int = _option(300, "Tokens of the sample at the end; 0 for none.")
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise ValueError("how long to train is not said. Give --minutes 3, or --steps 1000, or both.")
+            object.__setattr__(self, "minutes", 3.0)  # frozen for everyone else
         numbers = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
         for name, value in numbers.items():
-            if value < 0 or (value == 0 and name not in {"seed", "warmup", "weight_decay", "checkpoint_seconds"}):
+            if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                 raise ValueError(f"{_flag(name)} is {value}; it must be above 0.")
         for name in ("warmup", "validation_fraction"):
             if not numbers[name] < 1:
@@ -83,12 +100,15 @@ class Options:
             raise ValueError(f"--model is {self.model!r}: not a mixer's name, nor a list of layers in YAML.") from error
         pattern = pattern if isinstance(pattern, list) else [pattern]
         if not pattern or not all(isinstance(layer, str | dict) for layer in pattern):
-            raise ValueError(f"--model is {self.model!r}; a layer is a mixer's name or a mapping such as {{mixer: mamba2}}.")
+            raise ValueError(
+                f"--model is {self.model!r}; a layer is a mixer's name or a mapping such as {{mixer: mamba2}}."
+            )
         return [pattern[i % len(pattern)] for i in range(self.n_layers)]
 
-    def save(self, path: Path) -> None:
-        """Write the options as YAML, which ``--config`` reads again."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    def to_yaml(self) -> str:
+        """Return the options as YAML, which ``read_config`` reads."""
+        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return text
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,25 +119,39 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is not YAML, or holds something that is not an option.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such configuration file. Give a YAML file with options, such as `minutes: 3`.")
+        raise FileNotFoundError(
+            f"{path}: no such configuration file. Give a YAML file with options, such as `minutes: 3`."
+        )
     try:
         values = yaml.safe_load(Path(path).read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a {type(values).__name__} came; options are `name: value`, such as `minutes: 3`.")
-    known = {field.name: field for field in dataclasses.fields(Options)}
-    found = {}
+    kinds, found = get_type_hints(Options), {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise ValueError(f"{path}: unknown option {key!r}.{nearest(name, known)}")
-        if name == "text" and isinstance(value, str):
-            value = [value]
-        elif name == "model" and not isinstance(value, str):
-            value = json.dumps(value)  # JSON is YAML, and the option is a text
-        found[name] = value
+        if name not in kinds:
+            raise ValueError(f"{path}: unknown option {key!r}.{nearest(name, kinds)}")
+        try:
+            found[name] = _fitted(name, value, kinds[name])
+        except (TypeError, ValueError) as error:
+            wanted = getattr(kinds[name], "__name__", str(kinds[name]))
+            raise ValueError(f"{path}: {key} is {value!r}; it must be of type {wanted}.") from error
     return found
+
+
+def _fitted(name: str, value: Any, kind: Any) -> Any:
+    """Return what YAML holds as the type of the option."""
+    if name == "text":
+        return [str(path) for path in (value if isinstance(value, list) else [value])]
+    if name == "model":
+        return value if isinstance(value, str) else json.dumps(value)  # JSON is YAML, and the option is a text
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    if kind in (float, float | None):
+        return float(value)  # YAML takes 1 for an integer and 1e-3 for a string
+    raise TypeError
 
 
 def resumed(saved: Options, given: Mapping[str, Any]) -> Options:
