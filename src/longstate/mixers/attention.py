@@ -127,7 +127,9 @@ class Attention(Mixer):
             position = torch.where(began < 0, position, index - began)
         q, k = self._rotate(q, position), self._rotate(k, position)
         past = None if state is None or state.key.shape[1] == 0 else _unrolled(state)
-        if past is None and start is None and compaction is None and self._within_window(length):
+        any_length = torch.compiler.is_exporting()  # an exported graph cannot choose its way by the length
+        inside = self.window is None or (not any_length and length <= self.window)
+        if past is None and start is None and compaction is None and inside:
             y = _attend(q, k, v, None)
         else:
             y = self._masked(q, k, v, past, before, position, segment)
@@ -160,7 +162,7 @@ class Attention(Mixer):
         key_position = torch.cat([old, position], 1)
         # A slot not yet filled has a position below 0; it belongs to no sequence.
         key_segment = torch.cat([torch.where(old < 0, -1, 0), segment], 1)
-        if self._within_window(length):
+        if self.window is None or torch.compiler.is_exporting() or length <= self.window:
             return _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
         # Blocks as long as the window: each sees itself and the one before.
         w = cast(int, self.window)
@@ -173,10 +175,6 @@ class Attention(Mixer):
         k, v, key_position, key_segment = (_pairs(x, w) for x in (k, v, key_position, key_segment))
         y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
         return y.unflatten(0, (before.shape[0], -1)).flatten(1, 2)[:, :length]
-
-    def _within_window(self, length: int) -> bool:
-        """Whether blocks are not needed; an exported graph, which takes any length, has them always."""
-        return self.window is None or (not torch.compiler.is_exporting() and length <= self.window)
 
     def _visible(self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor) -> Tensor:
         distance = position[..., None] - key_position[:, None]
