@@ -1,0 +1,180 @@
+"""Every mixer keeps the contract: each check of ``contract.py`` on each of its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("contract")
+
+import contract  # noqa: E402
+from contract import COMBINATIONS, CUTS, ROWS, STEPS, Row  # noqa: E402
+from longstate.mixers import MIXERS  # noqa: E402
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+timed = pytest.mark.parametrize("row", [row for row in ROWS if row.slow_down], ids=lambda row: row.name)
+EVERYTHING = "dt start valid"
+
+
+def kinds_for(row: Row, kinds: str) -> str:
+    """Leave out elapsed time where the mixer counts steps."""
+    return kinds if row.slow_down else kinds.replace("dt", "").strip()
+
+
+def pairs(combinations: list[str] = COMBINATIONS) -> pytest.MarkDecorator:
+    """Every row with every combination of timeline entries that it knows."""
+    cases = [(row, kinds) for row in ROWS for kinds in combinations if kinds == kinds_for(row, kinds)]
+    cases += [
+        (row, kinds_for(row, EVERYTHING)) for row in ROWS if not row.slow_down and "start valid" not in combinations
+    ]
+    return pytest.mark.parametrize(
+        ("row", "kinds"), cases, ids=[f"{row.name}-{kinds or 'plain'}" for row, kinds in cases]
+    )
+
+
+def test_every_mixer_has_a_row() -> None:
+    assert {type(row.make()) for row in ROWS} == set(MIXERS.values())
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pairs()
+def test_pieces_float64(row: Row, kinds: str) -> None:
+    contract.check_pieces(row.make, torch.float64, kinds, CUTS)
+    contract.check_pieces(row.make, torch.float64, kinds, STEPS)
+
+
+@pairs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_pieces_narrow(row: Row, kinds: str, dtype: torch.dtype) -> None:
+    contract.check_pieces(row.make, dtype, kinds, CUTS)
+
+
+@pairs(["", EVERYTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_steps_narrow(row: Row, kinds: str, dtype: torch.dtype) -> None:
+    contract.check_pieces(row.make, dtype, kinds, STEPS)
+
+
+@pairs(["", EVERYTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_precision(row: Row, kinds: str, dtype: torch.dtype) -> None:
+    contract.check_precision(row.make, dtype, kinds)
+
+
+@pairs(["", EVERYTHING])
+def test_gradients(row: Row, kinds: str) -> None:
+    contract.check_gradients(row.make, kinds)
+
+
+@pairs()
+def test_chunked_gradients(row: Row, kinds: str) -> None:
+    contract.check_chunked_gradients(row.make, kinds)
+
+
+@pairs(["", "dt"])
+def test_causality(row: Row, kinds: str) -> None:
+    contract.check_causality(row.make, kinds if kinds in ("", "dt") else "")
+
+
+@pairs(["", "dt", "valid", "dt valid"])
+def test_packing(row: Row, kinds: str) -> None:
+    contract.check_packing(row.make, kinds.replace("start", "").strip())
+
+
+@rows
+def test_start_at_first_step(row: Row) -> None:
+    contract.check_start_at_first_step(row.make)
+
+
+@pairs(["", "dt", "start", EVERYTHING])
+@pytest.mark.parametrize("where", ["left", "right", "inside"])
+def test_padding(row: Row, kinds: str, where: str) -> None:
+    contract.check_padding(row.make, where, kinds)
+
+
+@timed
+@pytest.mark.parametrize("kinds", ["", "start", "valid"])
+def test_nominal_steps(row: Row, kinds: str) -> None:
+    contract.check_nominal_steps(row.make, kinds)
+
+
+@timed
+def test_scaled_steps(row: Row) -> None:
+    contract.check_scaled_steps(row.make, row.slow_down)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.slow_down], ids=lambda row: row.name)
+def test_no_elapsed_time(row: Row) -> None:
+    contract.check_no_elapsed_time(row.make)
+
+
+@pairs(["", EVERYTHING])
+@pytest.mark.parametrize("name", contract.other_backends())
+def test_backends(row: Row, kinds: str, name: str) -> None:
+    for length in (contract.LENGTH, 1):
+        contract.check_backend(row.make, name, kinds, length)
+
+
+@pairs(["", EVERYTHING])
+def test_batches_of_states(row: Row, kinds: str) -> None:
+    contract.check_batches_of_states(row.make, kinds)
+
+
+@pairs(["", EVERYTHING])
+def test_values(row: Row, kinds: str) -> None:
+    contract.check_values(row.make, kinds)
+
+
+@rows
+def test_state_size(row: Row) -> None:
+    contract.check_state_size(row.make, row.state)
+
+
+@rows
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"]
+)
+def test_initial_state(row: Row, dtype: torch.dtype) -> None:
+    contract.check_initial_state(row.make, dtype)
+
+
+@rows
+def test_empty(row: Row) -> None:
+    contract.check_empty(row.make)
+
+
+@rows
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"]
+)
+def test_saving(row: Row, tmp_path: Path, dtype: torch.dtype) -> None:
+    contract.check_saving(row.make, tmp_path, dtype)
+
+
+@rows
+def test_reset(row: Row) -> None:
+    contract.check_reset(row.make)
+
+
+@rows
+def test_meta(row: Row) -> None:
+    contract.check_meta(row.make)
+
+
+@pytest.mark.compiled
+@pairs(["", EVERYTHING])
+def test_compile(row: Row, kinds: str) -> None:
+    contract.check_compile(row.make, kinds)
+
+
+@pytest.mark.compiled
+def test_compile_with_inductor() -> None:
+    contract.check_compile(ROWS[0].make, "", "inductor")
+
+
+@pytest.mark.compiled
+@pairs(["", EVERYTHING])
+def test_export(row: Row, kinds: str) -> None:
+    contract.check_export(row.make, kinds, with_state=bool(kinds))
