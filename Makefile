@@ -41,7 +41,7 @@ demo: $(VENV)/.installed-train
 
 test: lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not compiled and not slow"
-	$(BIN)/python -m pytest -m compiled
+	$(BIN)/python -m pytest -n $(WORKERS) -m compiled
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
