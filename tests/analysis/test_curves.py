@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longstate.analysis.curves import _smooth, save_loss_plot
+from longstate.analysis.curves import save_loss_plot
 
 NAN = float("nan")
 
@@ -20,8 +20,3 @@ def test_a_picture_is_written(tmp_path: Path, training: list[float], validation:
     columns = {"tokens": tokens, "train_bits_per_byte": training, "validation_bits_per_byte": validation}
     save_loss_plot(columns, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_smoothing_keeps_a_constant_and_halves_an_old_value() -> None:
-    assert _smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0] * 3)
-    assert _smooth([1.0] * 100 + [0.0] * 5, half_life=5.0)[-1] == pytest.approx(0.5, abs=1e-4)

@@ -70,6 +70,7 @@ def test_the_split_holds_out_whole_documents_always_the_same() -> None:
     assert sorted(training + validation) == documents
     assert training == sorted(training), "the order of the documents is kept"
     assert split(documents, 0.2) == (training, validation)
+    assert validation not in (documents[:4], documents[-4:]), "they are drawn from everywhere"
 
 
 def test_neither_side_of_a_split_is_empty() -> None:
@@ -124,14 +125,17 @@ def test_a_window_longer_than_the_text_is_an_error(corpus: Corpus) -> None:
         random_batch(corpus, 0, 0, 1, 9)
 
 
-def test_streams_go_on_where_they_ended_and_begin_anew_at_their_end(corpus: Corpus) -> None:
+def test_streams_go_on_where_they_ended_and_begin_anew_at_their_end() -> None:
+    corpus = pack(["abcdefg", "xy"], Bytes())
     first, second, third = (stream_batch(corpus, step, batch_size=2, context=3) for step in range(3))
-    assert [bytes(row.tolist()) for row in first.tokens] == [b"abc", b"EFx"]
-    assert [bytes(row.tolist()) for row in second.tokens] == [b"dab", b"yEF"]
-    assert [bytes(row.tolist()) for row in third.tokens] == [b"cda", b"xyE"]
-    assert first.start.tolist() == [[True, False, False], [True, False, True]]
-    assert second.start.tolist() == [[False, True, False], [False, True, False]]
-    # "d" ends a document and "y" its stream: neither has a target.
-    assert second.targets.tolist() == [[IGNORED, *b"bc"], [IGNORED, ord("F"), IGNORED]]
+    assert [bytes(row.tolist()) for row in first.tokens] == [b"abc", b"efg"]
+    assert [bytes(row.tolist()) for row in second.tokens] == [b"dab", b"xef"]
+    assert [bytes(row.tolist()) for row in third.tokens] == [b"cda", b"gxe"]
+    # A stream begins with a start flag, even in the middle of a document.
+    assert first.start.tolist() == [[True, False, False], [True, False, False]]
+    assert second.start.tolist() == [[False, True, False], [True, True, False]]
+    # "d" and "x" end a stream, "g" a document: none has a target.
+    assert first.targets.tolist() == [list(b"bcd"), [*b"fg", IGNORED]]
+    assert second.targets.tolist() == [[IGNORED, *b"bc"], [IGNORED, *b"fg"]]
     with pytest.raises(ValueError, match="batch size of at most 4"):
         stream_batch(corpus, 0, 5, 3)

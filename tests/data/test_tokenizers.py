@@ -63,6 +63,17 @@ def test_an_unfinished_character_is_shown_at_the_end(tokenizer: Tokenizer) -> No
     assert "\ufffd" in stream.finish()
 
 
+def test_a_token_whose_text_depends_on_the_one_before(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    # The space before a word belongs to its token and is dropped where a text begins.
+    made = Tokenizer(models.WordLevel({"▁the": 0, "▁end": 1}, unk_token="▁the"))
+    made.decoder = decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    stream = TokenizerFile(tmp_path / "tokenizer.json").stream()
+    assert [stream.push(token) for token in (0, 1, 1)] == ["the", " end", " end"]
+
+
 def test_bytes_that_are_not_text_survive_a_command_line() -> None:
     assert Bytes().encode(b"a\xff".decode("utf-8", "surrogateescape")).tolist() == [97, 255]
 

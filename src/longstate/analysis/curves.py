@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 
 
 def save_loss_plot(columns: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
@@ -20,29 +20,17 @@ def save_loss_plot(columns: Mapping[str, Sequence[float]], path: str | os.PathLi
     # Without pyplot, which would keep the figure and look for a display.
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    tokens, training = columns["tokens"], columns["train_bits_per_byte"]
-    axes.plot(tokens, training, color="tab:blue", alpha=0.3, linewidth=1, label="training, mean since the last row")
-    axes.plot(tokens, _smooth(training), color="tab:blue", label="training, smoothed")
-    held_out = [(x, y) for x, y in zip(tokens, columns["validation_bits_per_byte"], strict=True) if not math.isnan(y)]
+    axes.plot(columns["tokens"], columns["train_bits_per_byte"], linewidth=1, alpha=0.7, label="training")
+    pairs = zip(columns["tokens"], columns["validation_bits_per_byte"], strict=True)
+    held_out = [(x, y) for x, y in pairs if not math.isnan(y)]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-        axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], xytext=(0, 8), textcoords="offset points", ha="right")
-    # The first steps lie far above all others and would flatten the rest.
-    top = sorted(training)[int(0.98 * (len(training) - 1))] if training else 1.0
-    low = min([*training, *(y for _, y in held_out)], default=0.0)
-    axes.set_ylim(max(low - 0.1 * (top - low) - 0.02, 0), top + 0.05 * (top - low) + 0.02)
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set(xlabel="training tokens", ylabel="loss (bits per byte)", title="Loss")
-    axes.grid(alpha=0.3)
+        axes.plot(*zip(*held_out, strict=True), "o-", markersize=4, label=f"validation, {held_out[-1][1]:.3f} at last")
+    # Losses fall fast and then slowly: a logarithmic axis shows both.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel="training tokens", ylabel="loss (bits per byte, logarithmic)")
+    axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path)
-
-
-def _smooth(values: Sequence[float], half_life: float = 5.0) -> list[float]:
-    """Return the exponential mean, corrected for its beginning, in which a value's weight halves every so many rows."""
-    keep = 0.5 ** (1 / half_life)
-    mean, weight, result = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(mean / weight)
-    return result
