@@ -163,10 +163,22 @@ def test_meta(row: Row) -> None:
     contract.check_meta(row.make)
 
 
+def traced(plain: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Every row with all that a timeline has, and the rows named also without."""
+    cases = [(row, kinds_for(row, EVERYTHING)) for row in ROWS] + [(row, "") for row in ROWS if row.name in plain]
+    ids = [f"{row.name}-{kinds or 'plain'}" for row, kinds in cases]
+    return pytest.mark.parametrize(("row", "kinds"), cases, ids=ids)
+
+
 @pytest.mark.compiled
-@pairs(["", EVERYTHING])
+@traced(("s4d", "mamba", "mamba2", "attention", "attention window"))
 def test_compile(row: Row, kinds: str) -> None:
     contract.check_compile(row.make, kinds)
+
+
+@pytest.mark.compiled
+def test_compile_again_at_another_length() -> None:
+    contract.check_compile(ROWS[0].make, "start", lengths=(contract.LENGTH, 9, 1, 40))
 
 
 @pytest.mark.compiled
@@ -175,6 +187,6 @@ def test_compile_with_inductor() -> None:
 
 
 @pytest.mark.compiled
-@pairs(["", EVERYTHING])
+@traced(("s4d", "s5", "mamba", "mamba2", "attention", "attention window"))
 def test_export(row: Row, kinds: str) -> None:
     contract.check_export(row.make, kinds, with_state=bool(kinds))
