@@ -40,9 +40,10 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if gate is not None:
             wide = wide * functional.silu(gate.to(wide.dtype))
-        grouped = wide.unflatten(-1, (self.groups, -1))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        return grouped.flatten(-2).to(self.weight.dtype) * self.weight
+        normed = functional.rms_norm(
+            wide.unflatten(-1, (self.groups, -1)), (wide.shape[-1] // self.groups,), eps=self.eps
+        )
+        return normed.flatten(-2).to(self.weight.dtype) * self.weight
 
 
 class ShortConvolution(nn.Module):
