@@ -75,6 +75,8 @@ def selective_scan(
     timeline = Timeline(start=start, valid=valid).expand(batch, length)
     if timeline.valid is not None:
         u, dt = zero_where_invalid(u, timeline.valid), zero_where_invalid(dt, timeline.valid)
+        # Δ = 0 keeps the state, but not from what is no number.
+        B, C = (zero_where_invalid(x, timeline.valid) if x.ndim == 3 else x for x in (B, C))
     h_0 = u.new_zeros(batch, width, n, dtype=dtype) if initial is None else initial.to(dtype)
     real = real_of(dtype)
     arguments = (u.to(real), dt.to(real), A.to(dtype), B.to(dtype), C.to(dtype), h_0, timeline.start, discretization)
