@@ -4,7 +4,8 @@
 
 Trains the same run twice through the command line. One goes straight through. The other is killed with SIGKILL after a
 random time of training, again and again, while it writes a checkpoint at every step; each time it goes on with
---resume. Prints where it died, compares the two loss logs and the two models byte for byte, and leaves with 0 if they are equal.
+--resume. Prints where it died, compares the two loss logs and the two models byte for byte, and leaves with 0 if they
+are equal.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,10 +99,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
         assert share.tolist() == pytest.approx(wanted, abs=4 * math.sqrt(0.25 / n))
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.49, 1), (0.5, 3), (math.nextafter(1.0, 0.0), 3)])
+def test_a_token_of_probability_zero_is_never_drawn(monkeypatch: pytest.MonkeyPatch, number: float, token: int) -> None:
+    module = sys.modules["longstate.generate"]  # the package gives the name to the function
+    monkeypatch.setattr(module, "numbered_generator", lambda *_: SimpleNamespace(random=lambda: number))
     logits = torch.tensor([[-INF, 0.0, -INF, 0.0, -INF]])
-    seen = torch.zeros(1, 5, dtype=torch.bool)
-    assert {int(draw(logits, seen, torch.tensor([i]), Sampling())) for i in range(200)} == {1, 3}
+    assert draw(logits, torch.zeros(1, 5, dtype=torch.bool), torch.tensor([0]), Sampling()).tolist() == [token]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_p=0.9, repetition_penalty=1.3)])
@@ -133,6 +137,8 @@ def test_pieces_of_any_length_give_the_same_memory(model: LanguageModel) -> None
             assert all(map(lambda x, y: torch.allclose(x, y, atol=1e-5), a, b))
         assert torch.equal(whole.token, pieces.token)
         assert torch.equal(whole.seen, pieces.seen)
+    for row, text in zip(whole.seen, PROMPTS, strict=True):
+        assert row.nonzero().flatten().tolist() == sorted(set(text.encode())), "padding is not seen"
 
 
 def test_reading_in_two_parts_is_reading_at_once(model: LanguageModel) -> None:

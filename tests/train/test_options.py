@@ -85,5 +85,5 @@ def test_a_configuration_that_is_wrong_is_refused(tmp_path: Path, text: str, mes
 def test_a_resumed_run_may_go_on_longer_but_not_become_another() -> None:
     saved = Options(steps=10)
     assert resumed(saved, {"steps": 20, "d_model": saved.d_model}) == dataclasses.replace(saved, steps=20)
-    with pytest.raises(ValueError, match="--d-model is 64, but the run began with 192"):
+    with pytest.raises(ValueError, match="--d-model is 64, but the run began with 128"):
         resumed(saved, {"d_model": 64})

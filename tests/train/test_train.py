@@ -76,6 +76,14 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(options: Options, caps
     assert model.loss(tokens[:, :-1], tokens[:, 1:])[0] < 3
 
 
+def test_a_row_has_the_mean_loss_since_the_last_one(options: Options, tmp_path: Path) -> None:
+    losses = {}
+    for every in (1, 3):
+        train(dataclasses.replace(options, log_every=every, validate_every=100, out=str(tmp_path / str(every))))
+        losses[every] = torch.tensor(read_log(tmp_path / str(every) / "loss.csv")["train_loss"])
+    assert torch.allclose(losses[3], losses[1].view(-1, 3).mean(1), rtol=1e-6)
+
+
 class Killed(BaseException):
     """What ends a process; nothing catches it."""
 

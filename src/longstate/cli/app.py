@@ -71,7 +71,8 @@ def _message(error: Exception) -> str | None:
         extra = _EXTRAS.get((error.name or "tensorboard").split(".")[0])
         return f"{error}. It comes with: pip install 'longstate[{extra}]'" if extra else None
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return f"{error}: the file was not written, and what was there before is untouched. Make room and go on."
+        what = getattr(error, "strerror", None) or error
+        return f"{what}: the file was not written, and what was there before is untouched. Make room and go on."
     if isinstance(error, torch.OutOfMemoryError):
         return f"{error}. Try a smaller --batch-size, --context or --d-model."
     return str(error) if isinstance(error, ValueError | OSError) else None

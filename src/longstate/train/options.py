@@ -56,12 +56,12 @@ class Options:
         "mamba2",
         "A mixer's name, or a list of layers in YAML, as in '[mamba2, {mixer: attention, n_heads: 4}]', repeated.",
     )
-    d_model: int = _option(192, "Width of the model.")
+    d_model: int = _option(128, "Width of the model.")
     n_layers: int = _option(4, "Number of layers.")
     mlp: int | None = _option(None, "Width of a gated MLP in each layer; without it there is none.")
     tokenizer: str = _option("bytes", "'bytes', or the path of a Hugging Face tokenizer.json.")
     context: int = _option(256, "Tokens of a training window.")
-    batch_size: int = _option(16, "Windows of a step.")
+    batch_size: int = _option(8, "Windows of a step.")
     carry_state: bool = _option(False, "Read the text in order and carry the state from step to step.")
     learning_rate: float = _option(2e-3, "Largest learning rate.")
     warmup: float = _option(0.05, "Part of the run in which the learning rate rises; it falls as a cosine after that.")
@@ -71,9 +71,9 @@ class Options:
     precision: str = _option("float32", "'float32' or 'bfloat16' (weights stay float32).")
     device: str = _option("auto", "'auto', 'cpu' or 'cuda'.")
     log_every: int = _option(10, "Steps between two rows of the log.")
-    validate_every: int = _option(200, "Steps between two validations; there is one at the end in any case.")
+    validate_every: int = _option(100, "Steps between two validations; there is one at the end in any case.")
     validation_fraction: float = _option(0.05, "Part of the text that is held out for validation, by documents.")
-    validation_tokens: int = _option(65536, "Tokens of the held-out text that a validation reads.")
+    validation_tokens: int = _option(16384, "Tokens of the held-out text that a validation reads.")
     checkpoint_seconds: float = _option(60.0, "Seconds between two checkpoints.")
     sample_tokens: int = _option(300, "Tokens of the sample at the end; 0 for none.")
 
