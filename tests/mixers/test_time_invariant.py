@@ -1,0 +1,176 @@
+"""S4D and S5 as the linear systems they say they are, by SciPy and by matrix exponentials; and their initial values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import expm
+from scipy.signal import cont2discrete, dlsim
+
+from longstate import S4D, S5, Mixer, Timeline
+from longstate.systems import legs_normal
+
+CASES = [
+    *(("s4d", kind, rule) for kind in ("legs", "lin", "inv", "quad", "real") for rule in ("zoh", "bilinear")),
+    *(("s5", kind, rule) for kind in (1, 2) for rule in ("zoh", "bilinear")),
+]
+
+
+def build(name: str, kind: str | int, rule: str) -> Mixer:
+    torch.manual_seed(4)
+    if name == "s4d":
+        return S4D(2, 6, kind, rule, output="identity", dt_min=0.01, dt_max=0.3).double()
+    return S5(2, 8, kind, rule, output="identity", dt_min=0.01, dt_max=0.3).double()
+
+
+def complex_(x: torch.Tensor) -> np.ndarray:
+    return torch.view_as_complex(x.detach()).numpy()
+
+
+def channels(mixer: Mixer) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, slice]]:
+    """Return dense real systems (A Δ, B Δ, C, D) in time of one nominal step, and the channels that each of them serves.
+
+    A mode λ of a conjugate pair is a 2×2 block [[Re, −Im], [Im, Re]], whose output is 2 Re(C h).
+    """
+    a = -mixer.log_A_real.detach().exp().numpy()
+    dt, D = mixer.log_dt.detach().exp().numpy(), mixer.D.detach().numpy()
+    if isinstance(mixer, S4D):
+        result = []
+        for i in range(mixer.d_model):
+            if mixer.real:
+                A, B, C = np.diag(a[i]), mixer.B.detach().numpy()[i][:, None], mixer.C.detach().numpy()[i][None]
+            else:
+                eigenvalues = a[i] + 1j * mixer.A_imag.detach().numpy()[i]
+                A, B, C = realified(eigenvalues, complex_(mixer.B)[i][:, None], complex_(mixer.C)[i][None])
+            result.append((A * dt[i], B * dt[i], C, D[i : i + 1, None], slice(i, i + 1)))
+        return result
+    A, B, C = realified(a + 1j * mixer.A_imag.detach().numpy(), complex_(mixer.B), complex_(mixer.C))
+    each = np.repeat(dt, 2)[:, None]
+    return [(A * each, B * each, C, np.diag(D), slice(None))]
+
+
+def realified(eigenvalues: np.ndarray, B: np.ndarray, C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = len(eigenvalues)
+    A = np.zeros((2 * n, 2 * n))
+    for i, value in enumerate(eigenvalues):
+        A[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = [[value.real, -value.imag], [value.imag, value.real]]
+    stacked = np.stack([B.real, B.imag], 1).reshape(2 * n, -1)
+    return A, stacked, 2 * np.stack([C.real, -C.imag], 2).reshape(len(C), 2 * n)
+
+
+@pytest.mark.parametrize("length", [1, 20, 100])
+@pytest.mark.parametrize(("name", "kind", "rule"), CASES)
+def test_a_simulation_by_scipy(name: str, kind: str | int, rule: str, length: int) -> None:
+    mixer = build(name, kind, rule)
+    x = torch.randn(1, length, 2, dtype=torch.float64)
+    with torch.no_grad():
+        got = mixer(x)[0][0].numpy()
+    wanted = np.zeros_like(got)
+    for A, B, C, D, at in channels(mixer):
+        # SciPy's bilinear rule folds the state's own step into C and D, so only its A and B are taken.
+        discrete_A, discrete_B, *_ = cont2discrete((A, B, C, D), 1.0, rule)
+        # Here y_t reads h_t; there it reads the state before the input: y = C Ā h + (C B̄ + D) u.
+        _, y, _ = dlsim((discrete_A, discrete_B, C @ discrete_A, C @ discrete_B + D, 1.0), x[0, :, at].numpy())
+        wanted[:, at] = y
+    assert np.abs(got - wanted).max() < 1e-10 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("name", "kind", "rule"), CASES)
+def test_irregular_steps_by_matrix_exponentials(name: str, kind: str | int, rule: str) -> None:
+    mixer = build(name, kind, rule)
+    x, dt = torch.randn(1, 80, 2, dtype=torch.float64), 0.05 + 3 * torch.rand(1, 80, dtype=torch.float64)
+    with torch.no_grad():
+        got = mixer(x, None, Timeline(dt))[0][0].numpy()
+    wanted = np.zeros_like(got)
+    for A, B, C, D, at in channels(mixer):
+        n = len(A)
+        h, u = np.zeros(n), x[0, :, at].numpy()
+        for t, elapsed in enumerate(dt[0].numpy()):
+            if rule == "zoh":  # d/dt (h, u) = [[A, B], [0, 0]] (h, u) over the elapsed time
+                block = np.zeros((n + B.shape[1], n + B.shape[1]))
+                block[:n, :n], block[:n, n:] = A, B
+                h = (expm(elapsed * block) @ np.concatenate([h, u[t]]))[:n]
+            else:
+                half = elapsed / 2 * A
+                h = np.linalg.solve(np.eye(n) - half, (np.eye(n) + half) @ h + elapsed * B @ u[t])
+            wanted[t, at] = C @ h + D @ u[t]
+    assert np.abs(got - wanted).max() < 1e-10 * np.abs(wanted).max()
+
+
+def modes(kind: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    mixer = S4D(3, n, kind).double()
+    mixer.reset_parameters()  # in float64
+    A, B, _, dt = mixer.system()
+    assert torch.equal(A, A[:1].expand_as(A)), "every channel begins alike"
+    assert ((dt >= 1e-3 * (1 - 1e-9)) & (dt <= 0.1 * (1 + 1e-9))).all()
+    return A[0].detach().numpy(), B[0].detach().numpy()
+
+
+@pytest.mark.parametrize("N", [2, 8, 64])
+def test_initial_values(N: int) -> None:
+    n = np.arange(N // 2)
+    closed = {
+        "lin": -0.5 + 1j * math.pi * n,
+        "inv": -0.5 + 1j * N / math.pi * (N / (2 * n + 1) - 1),
+        "quad": -0.5 + 1j * (1 + 2 * n) ** 2 / math.pi,
+    }
+    for kind, wanted in closed.items():
+        A, B = modes(kind, N)
+        np.testing.assert_allclose(A, wanted, rtol=1e-12)
+        np.testing.assert_allclose(B, 1)
+    A, B = modes("legs", N)
+    eigenvalues = np.linalg.eigvals(legs_normal(N)[0])
+    np.testing.assert_allclose(np.sort(A.imag), np.sort(eigenvalues.imag)[N // 2 :], rtol=1e-8)
+    np.testing.assert_allclose(A.real, -0.5, rtol=1e-8)
+    assert np.abs(B.real).max() <= 2 and np.abs(B.imag).max() <= 2
+    A, B = modes("real", N)
+    np.testing.assert_allclose(A, -np.arange(1, N + 1))
+    np.testing.assert_allclose(B, 1)
+
+
+def test_the_spread_of_what_is_drawn() -> None:
+    mixer = S4D(64, 64)
+    C = torch.view_as_complex(mixer.C)
+    assert abs(C.abs().square().mean().item() - 1) < 0.1
+    spread = mixer.log_dt.exp().log10()
+    assert abs(spread.mean().item() + 2) < 0.25 and spread.min() < -2.7 and spread.max() > -1.3
+    s5 = S5(32, 64)
+    assert abs(torch.view_as_complex(s5.B).abs().square().mean().item() * 32 - 1) < 0.3
+
+
+def test_the_initial_s5_is_its_dense_system() -> None:
+    """Without the change of basis, the same: modes are those of blocks of the normal part of LegS."""
+    mixer = S5(3, 16, n_blocks=2).double()
+    mixer.reset_parameters()
+    wanted = np.sort(np.linalg.eigvals(legs_normal(8)[0]).imag)[4:]
+    np.testing.assert_allclose(
+        np.sort(mixer.A_imag.detach().numpy().reshape(2, 4), 1), np.stack([wanted] * 2), rtol=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: S4D(4, 7), "d_state=8"),
+        (lambda: S4D(4, 0, "real"), "d_state"),
+        (lambda: S4D(4, 8, "leg"), "legs"),
+        (lambda: S4D(4, 8, discretization="tustin"), "bilinear"),
+        (lambda: S4D(4, 8, output="none"), "identity"),
+        (lambda: S4D(4, 8, dt_min=0.2), "dt_min"),
+        (lambda: S5(4, 7), "d_state"),
+        (lambda: S5(4, 12, n_blocks=4), "n_blocks=4"),
+        (lambda: S5(4, 8, discretization="zho"), "zoh"),
+        (lambda: S5(4, 8, dt_min=0.0), "dt_min"),
+    ],
+)
+@pytest.mark.compiled  # apart from the run-time checks, which see a wrong literal first
+def test_options_that_make_no_sense(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_real_modes_may_be_odd_in_number() -> None:
+    assert S4D(4, 7, "real").initial_state(2).ssm.shape == (2, 4, 7)
