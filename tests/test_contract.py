@@ -182,6 +182,7 @@ def test_compile_again_at_another_length() -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # the compiler's own, while it is imported
 def test_compile_with_inductor() -> None:
     contract.check_compile(ROWS[0].make, "", "inductor")
 

@@ -31,7 +31,7 @@ def complex_(x: torch.Tensor) -> np.ndarray:
 
 
 def channels(mixer: Mixer) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, slice]]:
-    """Return dense real systems (A Δ, B Δ, C, D) in time of one nominal step, and the channels that each of them serves.
+    """Return dense real systems (A Δ, B Δ, C, D), in nominal steps, and the channels that each of them serves.
 
     A mode λ of a conjugate pair is a 2×2 block [[Re, −Im], [Im, Re]], whose output is 2 Re(C h).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_orders() -> None:
     """Bilinear is of second order; a held input makes zero-order hold exact, which bilinear is not."""
     exact = after(zoh, 20_000)
     errors = [abs(after(bilinear, n) - exact) for n in (20, 40, 80)]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(1.9 < order < 2.1 for order in orders), orders
     A, B = np.array([[-1.0]]), np.array([1.0])
     for steps in (1, 7):
