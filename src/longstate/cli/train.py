@@ -20,8 +20,12 @@ def _parameters() -> list[inspect.Parameter]:
     hints = get_type_hints(Options)
     found: list[tuple[str, Any, Any, Any]] = [("typer_context", typer.Context, None, inspect.Parameter.empty)]
     for field in dataclasses.fields(Options):
-        kind = typer.Argument if field.name == "text" else typer.Option
-        found.append((field.name, hints[field.name], kind(help=field.metadata["help"]), _default(field)))
+        kind, default = hints[field.name], field.default
+        if field.name == "text":
+            about, kind, default = typer.Argument(help=field.metadata["help"]), list[str] | None, None
+        else:
+            about = typer.Option(help=field.metadata["help"])
+        found.append((field.name, kind, about, default))
     config = typer.Option(help="YAML file with these options; the command line goes before it.")
     resume = typer.Option("--resume", help="Go on with the run in --out, with the options that it began with.")
     found += [("config", str | None, config, None), ("resume", bool, resume, False)]
@@ -34,10 +38,6 @@ def _parameters() -> list[inspect.Parameter]:
         )
         for name, kind, about, default in found
     ]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def command(**values: Any) -> None:

@@ -79,7 +79,7 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, markup=False)
         self._progress = Progress(
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TextColumn("{task.percentage:>3.0f}% {task.description}", markup=False),
             console=self.console,
         )
