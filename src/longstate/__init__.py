@@ -5,6 +5,7 @@ from . import state as state
 from . import systems as systems
 from .checkpoints import load as load
 from .checkpoints import save as save
+from .generate import generate as generate
 from .mixers import S4D as S4D
 from .mixers import S5 as S5
 from .mixers import Attention as Attention
