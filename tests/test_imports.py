@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "longstate"
 
-FOR_ALL = {"_shapes", "_errors", "timeline", "state"}
+FOR_ALL = {"_shapes", "_errors", "_files", "timeline", "state"}
 SEQUENCES = {"ops", "mixers", "routes", "models"}
 # All that stands below the programs, and sampling, which several programs share.
 BELOW = {"systems", *SEQUENCES, "filters", "checkpoints", "distributed", "compression", "data", "analysis"}

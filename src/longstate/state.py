@@ -8,13 +8,14 @@ value: nothing here or elsewhere changes one in place.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ._files import replacing
 from ._shapes import Tensor
 
 S = TypeVar("S")
@@ -102,6 +103,30 @@ def nbytes(state: Any) -> int:
     return sum(x.numel() * x.element_size() for _, x in _named(state))
 
 
+def flatten(state: Any) -> dict[str, Tensor]:
+    """Return the tensors of a state by their dotted names, on the CPU and ready for a file.
+
+    Complex numbers become pairs: not every safetensors knows complex64, and none complex128.
+    """
+    parts = {
+        name: torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+        for name, x in _named(state)
+    }
+    return {name: x.cpu().contiguous() for name, x in parts.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor], like: S) -> S:
+    """Undo ``flatten``: return the state of the structure, types and device of ``like``."""
+    names = iter([name for name, _ in _named(like)])
+
+    def taken(x: Tensor) -> Tensor:
+        given = tensors[next(names)].to(x.device, x.dtype.to_real() if x.is_complex() else x.dtype)
+        return torch.view_as_complex(given) if x.is_complex() else given
+
+    result: S = _map(taken, like)
+    return result
+
+
 def save(state: Any, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
     """Write a state as a safetensors file, whole or not at all.
 
@@ -110,19 +135,8 @@ def save(state: Any, path: str | os.PathLike[str], metadata: dict[str, str] | No
         path: The file to write; one that exists is replaced.
         metadata: Strings kept beside the tensors.
     """
-    # Complex numbers as pairs: not every safetensors knows complex64, and none complex128.
-    parts = {
-        name: torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
-        for name, x in _named(state)
-    }
-    tensors = {name: x.cpu().contiguous() for name, x in parts.items()}
-    temporary = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        save_file(tensors, temporary, metadata={"format": "longstate-state", **(metadata or {})})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(path) as part:
+        save_file(flatten(state), part, metadata={"format": "longstate-state", **(metadata or {})})
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -166,15 +180,7 @@ def load(path: str | os.PathLike[str], like: S) -> S:
                 raise ValueError(
                     f"{path}: the state of another model: {name} has shape {shape}, wanted {['b', *wanted[1:]]}"
                 )
-        tensors = {name: file.get_tensor(name) for name in expected}
-    names = iter(expected)
-
-    def taken(x: Tensor) -> Tensor:
-        given = tensors[next(names)].to(x.device, x.dtype.to_real())
-        return torch.view_as_complex(given) if x.is_complex() else given
-
-    result: S = _map(taken, like)
-    return result
+        return unflatten({name: file.get_tensor(name) for name in expected}, like)
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:

@@ -179,11 +179,11 @@ def test_minutes_end_a_run_and_add_up(options: Options) -> None:
     began = time.monotonic()
     out = train(short)
     first = read_log(out / "loss.csv")["step"][-1]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert first >= 1
     train(short, resume=True)
     assert read_log(out / "loss.csv")["step"][-1] == first, "its time is over"
-    train(dataclasses.replace(short, minutes=1 / 60), resume=True)
+    train(dataclasses.replace(short, minutes=4 / 60), resume=True)  # more than a step may overshoot on a busy machine
     assert read_log(out / "loss.csv")["step"][-1] > first
 
 

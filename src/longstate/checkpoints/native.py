@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .._files import replacing
 from ..models import LanguageModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -35,20 +36,10 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
             continue  # tied: one copy, under the embedding's name
         seen.add(parameter.data_ptr())
         tensors[name] = parameter.contiguous()
-    _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    text = json.dumps({**FORMAT, **model.config}, indent=2) + "\n"
-    _replace(folder / CONFIG, lambda part: Path(part).write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the bytes
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as part:
+        part.write_text(json.dumps({**FORMAT, **model.config}, indent=2) + "\n", encoding="utf-8")
 
 
 def load(

@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from .._files import replacing
+
 FILE_NAME = "tokenizer.json"
 # A character that is still missing bytes decodes to this.
 _INCOMPLETE = "\ufffd"
@@ -127,10 +129,8 @@ class TokenizerFile:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the same ``tokenizer.json`` into a folder."""
-        path = Path(folder, FILE_NAME)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(self._json)
-        os.replace(part, path)
+        with replacing(Path(folder, FILE_NAME)) as part:
+            part.write_bytes(self._json)
 
 
 class _FileStream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -165,7 +165,7 @@ class Attention(Mixer):
         if self.window is None or torch.compiler.is_exporting() or length <= self.window:
             return _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
         # Blocks as long as the window: each sees itself and the one before.
-        w = cast(int, self.window)
+        w = self.window
         fill = -length % w
         # Steps filled in at the end see each other and no other: a step that saw nothing would divide 0 by 0.
         q, position, segment = _filled(q, 0, fill), _filled(position, 0, fill), _filled(segment, 0, fill, -2)

@@ -6,17 +6,17 @@ It is one file so that there is one instant at which it becomes the new one; a p
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
+from .. import state as states
+from .._files import replacing
 from .._shapes import Tensor
-from ..state import _map, _named
 
 FILE_NAME = "training.safetensors"
 
@@ -41,19 +41,6 @@ class Progress(NamedTuple):
     text: str = ""
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put data in place of a file: whenever the process dies, the old file or the new one is there, complete."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(
     folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any
 ) -> None:
@@ -64,9 +51,10 @@ def save_checkpoint(
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter
         tensors |= {f"optimizer.{name}.{key}": x for key, x in optimizer.state[parameter].items()}
-    tensors |= dict(_named(carried, "carried"))
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    replace_file(folder / FILE_NAME, save(tensors, {"progress": json.dumps(progress._asdict())}))
+    tensors |= {f"carried.{name}": x for name, x in states.flatten(carried).items()}
+    with replacing(folder / FILE_NAME) as part:
+        save_file(tensors, part, {"progress": json.dumps(progress._asdict())})
 
 
 def load_checkpoint(
@@ -100,11 +88,8 @@ def load_checkpoint(
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     torch.set_rng_state(tensors["random.cpu"])
-    names = [name for name, _ in _named(like, "carried")]
-    if not all(name in tensors for name in names):
-        return progress, None
-    left = iter(names)
-    return progress, _map(lambda x: tensors[next(left)].to(x.device), like)
+    kept = {name.removeprefix("carried."): x for name, x in tensors.items() if name.startswith("carried.")}
+    return progress, states.unflatten(kept, like) if kept else None
 
 
 def _restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

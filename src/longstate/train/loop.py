@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import state as states
+from .._files import replacing
 from .._shapes import Tensor
 from ..checkpoints import save as save_model
 from ..data.text import (
@@ -121,7 +122,8 @@ class _Run:
         self.progress = Progress(text=digest)
 
         self.out.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_file(self.out / OPTIONS_NAME, options.to_yaml().encode())
+        with replacing(self.out / OPTIONS_NAME) as part:
+            part.write_text(options.to_yaml(), encoding="utf-8")
         self.tokenizer.save(self.out)
         if resume and (self.out / checkpoint.FILE_NAME).exists():
             like = self.model.initial_state(options.batch_size) if options.carry_state else None
