@@ -18,7 +18,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what a new file may be here; some writers make theirs for the owner alone
         yield part
+        part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the bytes
         os.replace(part, path)

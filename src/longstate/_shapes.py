@@ -2,15 +2,13 @@
 
 Letters, in the order in which axes appear:
 
-====  ======================================================  =====  ===============================================
-b     sequences of a batch                                    d      channels (``d_model`` or the inner width)
-t     steps (time)                                            n      states of a channel (``d_state``)
-s     steps of the past, when ``t`` is the present            k      taps of a short convolution, or key channels
-c     steps of a chunk                                        l      taps of a long convolution
-j     chunks of a sequence                                    h      heads
-g     groups of heads that share keys (or queries)            p      channels of a head (``head_dim``)
-v     entries of the vocabulary
-====  ======================================================  =====  ===============================================
+    b     sequences of a batch                                    d      channels (``d_model`` or the inner width)
+    t     steps (time)                                            n      states of a channel (``d_state``)
+    s     steps of the past, when ``t`` is the present            k      taps of a short convolution, or key channels
+    c     steps of a chunk                                        l      taps of a long convolution
+    j     chunks of a sequence                                    h      heads
+    g     groups of heads that share keys (or queries)            p      channels of a head (``head_dim``)
+    v     entries of the vocabulary
 
 ``Float[Tensor, "b t d"]`` is jaxtyping's notation. Annotations are checked at run time under test only; without
 jaxtyping (it is a development dependency) they are plain ``Tensor``.

@@ -2,13 +2,10 @@
 
 Every rule is h ← decay(z) h + Δ φ(z) B u with z = ΔA. Each function works on real and complex tensors.
 
-=========== ======================== ==================== =======================================================
-rule        decay(z)                 φ(z)                 used by
-=========== ======================== ==================== =======================================================
-zoh-euler   e^z                      1                    Mamba: exact decay, Euler input (arXiv:2312.00752, 3.1)
-zoh         e^z                      (e^z − 1)/z          S4D, S5 (arXiv:2206.11893)
-bilinear    (1 + z/2)/(1 − z/2)      1/(1 − z/2)          S4D, S5 (Tustin)
-=========== ======================== ==================== =======================================================
+    rule        decay(z)                 φ(z)                 used by
+    zoh-euler   e^z                      1                    Mamba: exact decay, Euler input (arXiv:2312.00752, 3.1)
+    zoh         e^z                      (e^z − 1)/z          S4D, S5 (arXiv:2206.11893)
+    bilinear    (1 + z/2)/(1 − z/2)      1/(1 − z/2)          S4D, S5 (Tustin)
 """
 
 from __future__ import annotations
