@@ -65,9 +65,13 @@ def load(
                 f"{path}: no such {'folder' if path == folder else 'file'}. A model folder has {CONFIG} and {WEIGHTS}."
             )
     config = _read_config(folder / CONFIG)
+    tensors = _header(folder / WEIGHTS)
+    layers = config.get("layers")
+    if isinstance(layers, list) and len(layers) > len(tensors):  # each has one at least; building them takes memory
+        raise ValueError(f"{folder / CONFIG}: {len(layers)} layers, but {WEIGHTS} has only {len(tensors)} tensors")
     with torch.device("meta"):
         model = _named_errors(folder / CONFIG, config)
-    _check(folder / WEIGHTS, model)
+    _check(folder / WEIGHTS, tensors, model)
     with safe_open(folder / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
         for name in file.keys():
             _assign(model, name, file.get_tensor(name), dtype)
@@ -76,11 +80,13 @@ def load(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file")
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, more than a configuration has ({LARGEST_CONFIG})")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise ValueError(f"{path}: not readable as JSON ({error}); it may be cut short") from error
     if not isinstance(config, dict) or any(config.get(key) != value for key, value in FORMAT.items()):
         wanted = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in FORMAT.items())
@@ -95,17 +101,23 @@ def _named_errors(path: Path, config: dict[str, Any]) -> LanguageModel:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check(path: Path, model: nn.Module) -> None:
-    """Compare names and shapes in the file's header with those of the model, and its size with the header."""
+def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Return shape and type of each tensor in a file; opening it compares its size with its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (list(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be cut short") from error
+
+
+def _check(path: Path, tensors: dict[str, tuple[list[int], str]], model: nn.Module) -> None:
+    """Compare names and shapes in the file's header with those of the model."""
     wanted = {name: list(x.shape) for name, x in model.state_dict().items()}
     if isinstance(model, LanguageModel) and model.config["tie_embeddings"]:
         wanted.pop("lm_head.weight")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            kinds = {name: file.get_slice(name).get_dtype() for name in found}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be cut short") from error
+    found = {name: shape for name, (shape, _) in tensors.items()}
+    kinds = {name: kind for name, (_, kind) in tensors.items()}
     for title, names in (("missing", set(wanted) - set(found)), ("not part of the model", set(found) - set(wanted))):
         if names:
             few = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -69,6 +69,8 @@ class Attention(Mixer):
                     f"Choose head_dim, or a divisor of {d_model}."
                 )
             head_dim = d_model // n_heads
+        if head_dim < 1:
+            raise ValueError(f"Attention(head_dim={head_dim}): a head has at least one channel")
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Mamba2(Mixer):
         norm_eps: float = 1e-5,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        dt_limit: tuple[float, float] = (0.0, math.inf),
+        dt_limit: Sequence[float] = (0.0, math.inf),
         bias: bool = False,
         conv_bias: bool = True,
     ) -> None:
@@ -82,6 +83,10 @@ class Mamba2(Mixer):
                 f"{n_groups} groups. Try n_groups={math.gcd(n_heads, max(1, n_groups))}."
             )
         check_steps("Mamba2", dt_min, dt_max)
+        if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(
+                f"Mamba2(dt_limit={dt_limit!r}): wanted the least and the largest Δ, such as (0.0, math.inf)"
+            )
         self.d_model, self.d_inner, self.d_state = d_model, inner, d_state
         self.n_heads, self.head_dim, self.n_groups = n_heads, head_dim, n_groups
         self.dt_min, self.dt_max, self.dt_limit = dt_min, dt_max, (float(dt_limit[0]), float(dt_limit[1]))

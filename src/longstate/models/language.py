@@ -13,7 +13,7 @@ from torch.nn import functional
 from .._errors import nearest
 from .._shapes import Float, Int, Tensor
 from ..timeline import Timeline
-from .stack import LayerSpec, Stack
+from .stack import LayerSpec, Stack, check_kinds
 
 
 class LanguageModel(nn.Module):
@@ -92,9 +92,10 @@ class LanguageModel(nn.Module):
         for parameter in parameters:
             if parameter.default is parameter.empty and parameter.name not in config:
                 raise ValueError(f"configuration: {parameter.name} is missing")
+        check_kinds("configuration", cls.__init__, config)
         try:
             return cls(**config)
-        except (TypeError, OverflowError, RuntimeError) as error:
+        except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise ValueError(
                 f"configuration: an entry has the wrong kind of value ({str(error).splitlines()[0]})"
             ) from error

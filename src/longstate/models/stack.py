@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -182,7 +182,9 @@ def _block(i: int, d_model: int, layer: LayerSpec, mlp: Mapping[str, Any] | None
     if isinstance(layer, Mapping):
         options = dict(layer)
     if not isinstance(options.get("mixer"), str):
-        raise ValueError(f'layers[{i}] = {layer!r}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}')
+        raise ValueError(
+            f'layers[{i}] = {layer!r:.200}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}'
+        )
     name, mlp = options.pop("mixer"), options.pop("mlp", mlp)
     if name not in MIXERS:
         raise ValueError(f"layers[{i}]: there is no mixer {name!r}.{nearest(name, MIXERS)}")
@@ -200,7 +202,28 @@ def _construct(where: str, kind: type[Any], d_model: int, options: Mapping[str, 
     for option in options:
         if option not in known:
             raise ValueError(f"{where} has no option {option!r}.{nearest(option, known)}")
+    check_kinds(where, kind.__init__, options)
     try:
         return kind(d_model, **options)
-    except TypeError as error:
-        raise ValueError(f"{where} with {dict(options)}: an option has the wrong kind of value ({error})") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{where} with {dict(options)}: an option has the wrong kind of value ({reason})") from error
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}
+
+
+def check_kinds(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check numbers, switches and ``None`` among arguments that came as data against a function's annotations.
+
+    Raises:
+        ValueError: If one is of another kind: a word that stands for a switch would always be true.
+    """
+    for parameter in inspect.signature(function).parameters.values():
+        kinds = str(parameter.annotation).split(" | ")
+        if parameter.name in options and all(kind in _KINDS for kind in kinds):
+            value = options[parameter.name]
+            if not isinstance(value, tuple(t for kind in kinds for t in _KINDS[kind])) or (
+                isinstance(value, bool) and "bool" not in kinds
+            ):
+                raise ValueError(f"{where}: {parameter.name} is {value!r}, wanted {parameter.annotation}")
