@@ -67,6 +67,8 @@ def selective_scan(
     expect("selective_scan", "A", A, (width, n))
     expect("selective_scan", "B", B, (batch, length, n), (width, n))
     expect("selective_scan", "C", C, (batch, length, n), (width, n))
+    if D is not None:
+        expect("selective_scan", "D", D, (width,))
     if initial is not None:
         expect("selective_scan", "initial", initial, (batch, width, n))
     dtype = at_least_float32(A, B, C)
