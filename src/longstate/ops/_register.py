@@ -121,6 +121,11 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Return whether a backward pass may follow, for which an op then keeps what it needs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def real_of(dtype: torch.dtype) -> torch.dtype:
     """Return the type of real and imaginary parts; ``dtype.to_real`` is not traced by torch.compile."""
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)

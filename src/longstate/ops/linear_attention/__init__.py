@@ -8,7 +8,7 @@ import torch
 
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, expect, register
+from .._register import at_least_float32, choose, define, differentiated, expect, register
 from . import chunked, reference
 
 
@@ -73,10 +73,11 @@ def linear_attention(
             )
     state = v.new_zeros(batch, heads, width, v.shape[3]) if initial is None else initial.to(dtype)
     backend = choose("linear_attention", backend)
+    keep = differentiated(q, k, v, log_decay, state)
     if backend == "reference":
         y, final = reference.linear_attention(q, k, v, log_decay, state, timeline.start)
     else:
-        y, final, _ = torch.ops.longstate.linear_attention(q, k, v, log_decay, state, timeline.start, backend)
+        y, final, _ = torch.ops.longstate.linear_attention(q, k, v, log_decay, state, timeline.start, keep, backend)
     return y.to(output), final
 
 
@@ -112,11 +113,12 @@ def linear_attention_decay(
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     spans = (v.shape[1] + chunked.SPAN - 1) // chunked.SPAN
     # One more than spans: tracing makes a promise about an axis that could have one entry.
-    return torch.empty_like(v), torch.empty_like(initial), initial.new_empty(spans + 1, *initial.shape)
+    kept = initial.new_empty(spans + 1, *initial.shape) if keep else initial.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(initial), kept
 
 
 def _fake_backward(
@@ -127,19 +129,20 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, log_decay, _, start, ctx.backend = inputs
+    q, k, v, log_decay, _, start, _, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, log_decay, start, output[0], output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.longstate.linear_attention_backward
     *gradients, decay, initial = op(grad.contiguous(), grad_final, *ctx.saved_tensors, ctx.backend)
-    return (*gradients, None if ctx.saved_tensors[3] is None else decay, initial, None, None)
+    return (*gradients, None if ctx.saved_tensors[3] is None else decay, initial, None, None, None)
 
 
 register(
     "linear_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start -> (Tensor, Tensor, Tensor)",
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start, bool keep"
+    " -> (Tensor, Tensor, Tensor)",
     forward={"chunked": chunked.linear_attention},
     fake=_fake,
     setup_context=_setup_context,

@@ -27,20 +27,24 @@ def _form(log_decay: Tensor | None) -> ModuleType:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around spans ``[i+1 b h k p]``."""
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around spans ``[i+1 b h k p]``.
+
+    The last are for the backward pass: none are returned unless asked to ``keep`` them.
+    """
     if v.shape[1] == 1:
         y, state = _one_step(q, k, v, log_decay, initial, start)
-        return y, state, torch.stack([initial, state])
+        return y, state, torch.stack([initial, state]) if keep else initial.new_empty(0)
     form = _form(log_decay)
-    y, state, beginnings = torch.empty_like(v), initial, []
+    y, state, kept = torch.empty_like(v), initial, [initial]
     for at, span in spans(q, k, v, log_decay, start):
-        beginnings.append(state)
         inside, state = form.forward(span, form.enter(state, q.shape[2]))
         y[:, at] = inside.flatten(1, 2)[:, : at.stop - at.start].flatten(2, 3)
         state = form.leave(state)
-    return y, state.clone(), torch.stack([*beginnings, state])
+        if keep:
+            kept.append(state)
+    return y, state.clone(), torch.stack(kept) if keep else initial.new_empty(0)
 
 
 def _one_step(

@@ -9,7 +9,7 @@ import torch
 from ..._errors import nearest
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, expect, real_of, register
+from .._register import at_least_float32, choose, define, differentiated, expect, real_of, register
 from . import chunked, reference
 from .discretization import RULES, coefficients
 
@@ -86,7 +86,8 @@ def selective_scan(
     if backend == "reference":
         y, final = reference.selective_scan(*arguments)
     else:
-        y, final, _ = torch.ops.longstate.selective_scan(*arguments, backend)
+        keep = differentiated(*(x for x in arguments if isinstance(x, Tensor)))
+        y, final, _ = torch.ops.longstate.selective_scan(*arguments, keep, backend)
     if D is not None:
         y = torch.addcmul(y, D.to(real), arguments[0])
     return zero_where_invalid(y, timeline.valid).to(u.dtype), final
@@ -114,11 +115,20 @@ def selective_scan_decay(
 
 
 def _fake(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, start: Tensor | None, discretization: str
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor,
+    start: Tensor | None,
+    discretization: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (u.shape[1] + chunked.CHUNK - 1) // chunked.CHUNK
     # One more than chunks: tracing makes a promise about an axis that could have one entry.
-    return torch.empty_like(u), torch.empty_like(initial), initial.new_empty(chunks + 1, *initial.shape)
+    kept = initial.new_empty(chunks + 1, *initial.shape) if keep else initial.new_empty(0)
+    return torch.empty_like(u), torch.empty_like(initial), kept
 
 
 def _fake_backward(
@@ -128,7 +138,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, start, ctx.discretization, ctx.backend = inputs
+    *tensors, _, start, ctx.discretization, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, start, output[2])
 
 
@@ -136,13 +146,13 @@ def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Te
     gradients = torch.ops.longstate.selective_scan_backward(
         grad.contiguous(), grad_final, *ctx.saved_tensors, ctx.discretization, ctx.backend
     )
-    return (*gradients, None, None, None)
+    return (*gradients, None, None, None, None)
 
 
 register(
     "selective_scan",
-    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial, Tensor? start, str discretization"
-    " -> (Tensor, Tensor, Tensor)",
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial, Tensor? start, str discretization,"
+    " bool keep -> (Tensor, Tensor, Tensor)",
     forward={"chunked": chunked.selective_scan},
     fake=_fake,
     setup_context=_setup_context,

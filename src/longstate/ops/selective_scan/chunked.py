@@ -53,16 +53,28 @@ def _chunks(
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, start: Tensor | None, discretization: str
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor,
+    start: Tensor | None,
+    discretization: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the states around the chunks ``[j+1 b d n]``."""
-    y, h, beginnings = torch.empty_like(u), initial, []
+    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the states around the chunks ``[j+1 b d n]``.
+
+    The last are for the backward pass: none are returned unless asked to ``keep`` them.
+    """
+    y, h, kept = torch.empty_like(u), initial, [initial]
     for at, chunk in _chunks(u, dt, A, B, C, start):
-        beginnings.append(h)
         states, _, _ = chunk.states(h, discretization)
         h = states[:, -1].clone()  # a copy, so that the chunk's states can go
         y[:, at] = _readout(states, C[:, at] if C.ndim == 3 else C)
-    return y, h.clone(), torch.stack([*beginnings, h])
+        if keep:
+            kept.append(h)
+    return y, h.clone(), torch.stack(kept) if keep else initial.new_empty(0)
 
 
 def _readout(h: Tensor, C: Tensor) -> Tensor:
