@@ -151,7 +151,8 @@ def run(mixer: Mixer, x: Tensor, state: Any, when: Timeline | None, cuts: Sequen
 def distance(got: Any, wanted: Any) -> float:
     """Return the largest difference between nested tensors, relative to the largest entry of each.
 
-    Not a number counts as infinite, and so does another shape, type or structure. Whole numbers are equal or infinitely apart.
+    Not a number counts as infinite, and so does another shape, type or structure. Whole numbers are equal or
+    infinitely apart.
     """
     (a, a_shape), (b, b_shape) = tree_flatten(got), tree_flatten(wanted)
     if a_shape != b_shape:
@@ -494,7 +495,7 @@ def _contents(mixer: Mixer) -> dict[str, Any]:
 
 
 def check_state_size(make: Factory, growth: str) -> None:
-    """The state after any number of steps has the size of the initial one (or grows alike with each), and holds no more memory."""
+    """The state has the initial one's size after any number of steps (or grows alike with each), and holds no more."""
     mixer = build(make)
     sizes = []
     with torch.no_grad():
@@ -576,7 +577,7 @@ def check_reset(make: Factory) -> None:
 
 
 def _assert_alike(a: Tensor, b: Tensor, name: str) -> None:
-    """Assert that two sets of draws (the first axis) come from one distribution, by mean and spread to five of their errors."""
+    """Assert that two sets of draws come from one distribution, by mean and spread, to five of their errors."""
     assert a.isfinite().all() and b.isfinite().all(), name
     if (a == a[:1]).all():
         assert torch.equal(a, b), name

@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM  # noqa: E402
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated  # noqa: E402
 
-# The gated norm of transformers takes groups of channels apart since it has a group_size; before, all channels together,
-# which differs from the published models when there are several groups.
+# The gated norm of transformers takes groups of channels apart since it has a group_size; before, all together, which
+# differs from the published models when there are several groups.
 NORM_BY_GROUPS = "group_size" in inspect.signature(MambaRMSNormGated.__init__).parameters
 
 

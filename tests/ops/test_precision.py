@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ops.test_against_reference import CASES, IDS, flags, largest_error, linear_case, run, scan_case, selective_case
 
 from longstate import ops
+from ops.test_against_reference import CASES, IDS, flags, largest_error, linear_case, run, scan_case, selective_case
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 LENGTH = 150
@@ -40,11 +40,11 @@ def magnitudes(arguments: dict[str, Any]) -> dict[str, Any]:
 def test_narrow_types_err_by_their_roundings(
     make: Callable[..., Any], kind: str, dtype: torch.dtype, marks: str
 ) -> None:
-    # Inputs are rounded first, so that both sides mean the same numbers. Then, with u₃₂ = 2⁻²⁴: an output is a sum of at most
-    # T terms, each a product of at most T decays and five other factors; any order of summing errs by at most
-    # (2T + 8) u₃₂ of the sum of the terms' magnitudes M. Arguments of exponentials are rounded too: an error of |z|u in z
-    # is one of |z|e^{−|z|} u ≤ u in each decay, another T u₃₂. In bfloat16, the output is rounded once more: u₁₆|y|. SiLU has a
-    # slope of at most 1.1. Complex products cost at most √8 of a real one.
+    # Inputs are rounded first, so that both sides mean the same numbers. Then, with u₃₂ = 2⁻²⁴: an output is a sum of at
+    # most T terms, each a product of at most T decays and five other factors; any order of summing errs by at most
+    # (2T + 8) u₃₂ of the sum of the terms' magnitudes M. Arguments of exponentials are rounded too: an error of |z|u in
+    # z is one of |z|e^{−|z|} u ≤ u in each decay, another T u₃₂. In bfloat16, the output is rounded once more: u₁₆|y|.
+    # SiLU has a slope of at most 1.1. Complex products cost at most √8 of a real one.
     if dtype == torch.bfloat16 and "complex" in kind:
         pytest.skip("there is no complex type of that width")
     function, arguments = make(kind, 2, LENGTH, torch.float64)
