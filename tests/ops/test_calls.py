@@ -137,7 +137,7 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
     ("name", "steps", "calls"), [("scan", 4096, 40), ("selective_scan", 32, 500), ("linear_attention", 512, 300)]
 )
 def test_no_loop_over_time(name: str, steps: int, calls: int) -> None:
-    """So many further steps (a chunk, forward and backward; for the scan, one more halving) cost at most so many calls."""
+    """So many further steps (a chunk both ways; for the scan, one more halving) cost at most so many calls."""
     few, many = watched(name, 4096)[0].calls, watched(name, 8192)[0].calls
     assert (many - few) * steps <= 4096 * calls
 

@@ -40,8 +40,8 @@ def magnitudes(arguments: dict[str, Any]) -> dict[str, Any]:
 def test_narrow_types_err_by_their_roundings(
     make: Callable[..., Any], kind: str, dtype: torch.dtype, marks: str
 ) -> None:
-    # Inputs are rounded first, so that both sides mean the same numbers. Then, with u₃₂ = 2⁻²⁴: an output is a sum of at
-    # most T terms, each a product of at most T decays and five other factors; any order of summing errs by at most
+    # Inputs are rounded first, so that both sides mean the same numbers. Then, with u₃₂ = 2⁻²⁴: an output is a sum of
+    # at most T terms, each a product of at most T decays and five other factors; any order of summing errs by at most
     # (2T + 8) u₃₂ of the sum of the terms' magnitudes M. Arguments of exponentials are rounded too: an error of |z|u in
     # z is one of |z|e^{−|z|} u ≤ u in each decay, another T u₃₂. In bfloat16, the output is rounded once more: u₁₆|y|.
     # SiLU has a slope of at most 1.1. Complex products cost at most √8 of a real one.
