@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from longstate import LanguageModel, state
+from longstate import S4D, Attention, LanguageModel, Mamba, state
 
 LAYERS = [{"mixer": "s5", "d_state": 4}, {"mixer": "mamba", "d_state": 2}, {"mixer": "attention", "n_heads": 2}]
 
@@ -131,5 +131,21 @@ def test_joining_what_does_not_belong_together() -> None:
         state.concatenate([one, other])
     with pytest.raises(ValueError, match="different models"):
         state.concatenate([(torch.zeros(1, 3),), (torch.zeros(1, 4),)])
+    for a, b in (
+        (S4D(4, 4), S4D(8, 4)),
+        (Attention(8, 2, window=4), Attention(8, 2, window=8)),
+        (Attention(8, 2), Attention(8, 4)),
+    ):
+        with pytest.raises(ValueError, match="different models"):
+            state.concatenate([a.initial_state(1), b.initial_state(1)])
+    with pytest.raises(ValueError, match="different structure"):
+        state.concatenate([Attention(8, 2).initial_state(1), Attention(8, 2, window=4).initial_state(1)])
     with pytest.raises(ValueError, match="tuples of tensors"):
         state.detach([1])
+
+
+def test_a_window_of_another_length_is_refused_though_it_is_empty_here(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    state.save(Mamba(4, d_conv=4).initial_state(1), path)
+    with pytest.raises(ValueError, match="another model"):
+        state.load(path, Mamba(4, d_conv=1).initial_state(1))

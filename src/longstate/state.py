@@ -1,8 +1,8 @@
 """What can be done with any state, whichever mixer or model it belongs to.
 
 A state is a tensor, or a tuple (of tuples, …) of tensors, batch first; ``None`` stands for a state not asked for. It
-is a
-value: nothing here or elsewhere changes one in place.
+is a value: nothing here or elsewhere changes one in place. A NamedTuple whose tensors grow along their second axis, as
+the keys of full attention do, names them in its attribute ``growing``; free space at the end of them means nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ def _named(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _named(part, f"{prefix}.{name}" if prefix else str(name))
 
 
+def _growing(state: Any, grows: bool = False) -> Iterator[bool]:
+    """Yield, in the order of ``_named``, whether the second axis of a tensor grows with the steps read."""
+    if isinstance(state, Tensor):
+        yield grows
+    elif state is not None:
+        for name, part in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+            yield from _growing(part, name in getattr(state, "growing", ()))
+
+
 def select(state: S, index: int | slice | Sequence[int] | Tensor) -> S:
     """Return the states of the chosen sequences, in the chosen order.
 
@@ -63,8 +72,7 @@ def select(state: S, index: int | slice | Sequence[int] | Tensor) -> S:
 def concatenate(states: Sequence[S]) -> S:
     """Join states along the batch, as one joins their sequences.
 
-    A tensor that is shorter than its partner along the second axis is padded with zeros at the end: only full
-    attention has states that differ so, and there the second axis is the position, so that padding is free space.
+    Tensors that grow with the steps read are filled up with zeros to the longest.
 
     Raises:
         ValueError: If there is none, or their structures or shapes differ.
@@ -72,8 +80,10 @@ def concatenate(states: Sequence[S]) -> S:
     if not states:
         raise ValueError("concatenate([]): there is no state to join")
 
+    growing = _growing(states[0])
+
     def join(*parts: Tensor) -> Tensor:
-        if parts[0].ndim > 2:
+        if next(growing):
             length = max(x.shape[1] for x in parts)
             parts = tuple(torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1) for x in parts)
         if len({x.shape[1:] for x in parts}) > 1:
@@ -170,11 +180,10 @@ def load(path: str | os.PathLike[str], like: S) -> S:
             odd = sorted(set(file.keys()) ^ set(expected))
             raise ValueError(f"{path}: the state of another model: {', '.join(odd[:3])} in one but not in the other")
         batches = set()
-        for name, x in expected.items():
+        for (name, x), grows in zip(expected.items(), _growing(like), strict=True):
             shape = list(file.get_slice(name).get_shape())
             wanted = [*x.shape, 2] if x.is_complex() else list(x.shape)
-            # The second axis of full attention's keys is as long as what was read; anything else is fixed.
-            fixed = 2 if x.ndim > 2 and x.shape[1] == 0 else 1
+            fixed = 2 if grows else 1
             batches.update(shape[:1])
             if len(shape) != len(wanted) or shape[fixed:] != wanted[fixed:] or len(batches) > 1:
                 raise ValueError(

@@ -27,6 +27,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         if width % groups:
             raise ValueError(f"RMSNorm(width={width}, groups={groups}): the width is not a multiple of groups")
+        if not eps > 0:
+            raise ValueError(f"RMSNorm(eps={eps}): wanted a small positive number, such as 1e-5")
         self.eps, self.groups = eps, groups
         self.weight = mark(nn.Parameter(torch.empty(width)))
         self.reset_parameters()

@@ -14,10 +14,22 @@ from ._base import Mixer
 
 
 class AttentionState(NamedTuple):
+    """The keys and values of all steps, and how many steps their sequence has had: the key of position p in slot p."""
+
+    key: Float[Tensor, "b slots g p"]
+    value: Float[Tensor, "b slots g p"]
+    length: Int[Tensor, " b"]
+
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """The tensors that grow with the steps read."""
+        return ("key", "value")
+
+
+class WindowState(NamedTuple):
     """The keys and values that later steps may still see, and how many steps their sequence has had.
 
-    A ring: the key of position p stands in slot p mod the number of slots, which is the window, or for full attention
-    as many as there were steps.
+    A ring: the key of position p stands in slot p mod the window.
     """
 
     key: Float[Tensor, "b slots g p"]
@@ -71,13 +83,19 @@ class Attention(Mixer):
             head_dim = d_model // n_heads
         if head_dim < 1:
             raise ValueError(f"Attention(head_dim={head_dim}): a head has at least one channel")
-        rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")
         if window is not None and window < 1:
             raise ValueError(
                 f"Attention(window={window}): a step sees at least itself. Take 1 or more, or None for all."
             )
+        if rotary_dim is None:
+            rotary_dim = head_dim
+            if head_dim % 2:
+                raise ValueError(
+                    f"Attention: a head has {head_dim} channels, and positions rotate pairs. Choose an even head_dim, "
+                    f"or rotary_dim={head_dim - 1}, or 0 for no positions."
+                )
         if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
             raise ValueError(f"Attention(rotary_dim={rotary_dim}): wanted an even number from 0 to head_dim={head_dim}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
@@ -92,17 +110,20 @@ class Attention(Mixer):
         for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             module.reset_parameters()
 
-    def initial_state(self, batch_size: int) -> AttentionState:
+    def initial_state(self, batch_size: int) -> AttentionState | WindowState:
         """Return an empty ring: of the window, or without slots for full attention."""
         weight = self.k_proj.weight
         shape = (batch_size, self.window or 0, self.n_kv_heads, self.head_dim)
-        return AttentionState(
+        return self._state(
             weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long)
         )
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: AttentionState | None = None, timeline: Timeline | None = None
-    ) -> tuple[Float[Tensor, "b t d"], AttentionState]:
+        self,
+        x: Float[Tensor, "b t d"],
+        state: AttentionState | WindowState | None = None,
+        timeline: Timeline | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], AttentionState | WindowState]:
         """Return outputs and the state after the last step."""
         if timeline is not None and timeline.dt is not None:
             raise ValueError(
@@ -145,6 +166,9 @@ class Attention(Mixer):
             total = torch.where(began[:, -1] < 0, total, (count - began[:, -1]).clamp(min=0))
         return y, self._ring(k, v, past, total, origin)
 
+    def _state(self, key: Tensor, value: Tensor, length: Tensor) -> AttentionState | WindowState:
+        return AttentionState(key, value, length) if self.window is None else WindowState(key, value, length)
+
     def _masked(
         self,
         q: Tensor,
@@ -185,7 +209,7 @@ class Attention(Mixer):
 
     def _ring(
         self, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, total: Tensor, origin: Tensor
-    ) -> AttentionState:
+    ) -> AttentionState | WindowState:
         """Return the ring after the last step: in each slot the newest position that belongs there."""
         slots = (0 if past is None else past[0].shape[1]) + k.shape[1] if self.window is None else self.window
         newest = total[:, None] - 1
@@ -200,7 +224,7 @@ class Attention(Mixer):
             .masked_fill(empty[..., None, None], 0)
             for old, new in zip(past or (k, v), (k, v), strict=True)
         )
-        return AttentionState(key, value, total)
+        return self._state(key, value, total)
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotate the first channels of each head by the position, the first half against the second."""
@@ -223,7 +247,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     return y.transpose(1, 2)
 
 
-def _unrolled(state: AttentionState) -> tuple[Tensor, Tensor]:
+def _unrolled(state: AttentionState | WindowState) -> tuple[Tensor, Tensor]:
     """Return the ring's keys and values, the oldest position first and the last one last."""
     slots = state.key.shape[1]
     slot = (state.length[:, None] + torch.arange(slots, device=state.length.device)) % slots

@@ -16,8 +16,7 @@ def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
     library."""
     before = taps.shape[1] - 1
     length = padded.shape[1] - before
-    # The library knows no fast double precision, refuses what is empty, and takes long to begin.
-    if segment is None and padded.dtype != torch.float64 and length > FEW and padded.numel() > 0:
+    if length > FEW and _library_is_good(padded, segment):
         return conv2d(_image(padded), _filter(taps), groups=taps.shape[0]).squeeze(2).transpose(1, 2)
     rows = taps.T.contiguous()
     y = rows[0] * padded[:, before:]
@@ -30,7 +29,7 @@ def short_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor |
     """Return the gradients of ``padded`` and ``taps``."""
     before = taps.shape[1] - 1
     length = grad.shape[1]
-    fast = segment is None and padded.dtype != torch.float64 and grad.numel() > 0
+    fast = length > 0 and _library_is_good(padded, segment)
     rows, grad_rows = taps.T.contiguous(), torch.empty_like(taps.T)
     grad_padded = torch.zeros(0) if fast else torch.zeros_like(padded)
     for i in range(before + 1):
@@ -44,6 +43,12 @@ def short_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor |
         grad_image = torch.ops.aten.convolution_backward(_image(grad), image, kernel, None, *options)[0]
         grad_padded = grad_image.squeeze(2).transpose(1, 2)
     return grad_padded, grad_rows.T
+
+
+def _library_is_good(padded: Tensor, segment: Tensor | None) -> bool:
+    """Whether torch's own convolution serves: on the CPU (a GPU's may round to TF32), and not in double precision, for
+    which it has no fast way there; it refuses what is empty."""
+    return segment is None and padded.device.type == "cpu" and padded.dtype != torch.float64 and padded.numel() > 0
 
 
 def _image(x: Tensor) -> Tensor:

@@ -134,9 +134,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     op = torch.ops.longstate.linear_attention_backward
-    *gradients, decay, initial = op(grad.contiguous(), grad_final, *ctx.saved_tensors, ctx.backend)
-    return (*gradients, None if ctx.saved_tensors[3] is None else decay, initial, None, None, None)
+    *gradients, decay, initial = op(grad.contiguous(), grad_final, *saved, ctx.backend)
+    return (*gradients, None if saved[3] is None else decay, initial, None, None, None)
 
 
 register(
