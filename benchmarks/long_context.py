@@ -2,11 +2,11 @@
 
     python benchmarks/long_context.py [--threads 2] [--rounds 30]
 
-Time: one text is read in pieces of 1024 tokens, as `longstate generate` reads; the states after 0, 7k, 63k and 511k of
-them are kept as values. Then, round by round, each of these states reads the next piece and decodes 32 tokens, so that whatever
-else the machine does meets all lengths alike; medians of the rounds are printed. Memory: the peak of resident memory
-over what a process has after reading one piece, each length in a process of its own, read in pieces and in one call;
-decoding after that must add nothing.
+Time: one text is read in pieces of 1024 tokens, as `longstate generate` reads; the states after 0, 7k, 63k and 511k
+of them are kept as values. Then, round by round, each of these states reads the next piece and decodes 32 tokens, so
+that whatever else the machine does meets all lengths alike; medians of the rounds are printed. Memory: the peak of
+resident memory over what a process has after reading one piece, each length in a process of its own, read in pieces
+and in one call; decoding after that must add nothing.
 """
 
 from __future__ import annotations
