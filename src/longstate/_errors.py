@@ -16,3 +16,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def check_choice(where: str, option: str, value: object, known: Iterable[str]) -> None:
+    """Check that an option is one of the words it may be.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{where}({option}={value!r}): there is no such {option}.{nearest(str(value), known)}")

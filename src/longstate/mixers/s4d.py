@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from .._errors import nearest
+from .._errors import check_choice
 from .._shapes import Float, Inexact, Tensor
 from ..ops import selective_scan
 from ..ops.convolution.chunked import fft
@@ -66,14 +66,9 @@ class S4D(Mixer):
         output: Literal["glu", "identity"] = "glu",
     ) -> None:
         super().__init__()
-        if initialization not in INITIALIZATIONS:
-            raise ValueError(
-                f"S4D(initialization={initialization!r}): none such.{nearest(initialization, INITIALIZATIONS)}"
-            )
-        if discretization not in ("zoh", "bilinear"):
-            raise ValueError(f"S4D(discretization={discretization!r}): none such. Known: bilinear, zoh.")
-        if output not in ("glu", "identity"):
-            raise ValueError(f"S4D(output={output!r}): none such. Known: glu, identity.")
+        check_choice("S4D", "initialization", initialization, INITIALIZATIONS)
+        check_choice("S4D", "discretization", discretization, ("zoh", "bilinear"))
+        check_choice("S4D", "output", output, ("glu", "identity"))
         if d_state < 1 or (d_state % 2 and initialization != "real"):
             raise ValueError(
                 f"S4D(d_state={d_state}): modes come in conjugate pairs. Try d_state={max(2, d_state + 1)}."

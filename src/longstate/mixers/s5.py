@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._errors import check_choice
 from .._shapes import Float, Inexact, Tensor
 from ..ops import scan
 from ..ops.selective_scan.discretization import coefficients
@@ -57,10 +58,8 @@ class S5(Mixer):
         output: Literal["glu", "identity"] = "glu",
     ) -> None:
         super().__init__()
-        if discretization not in ("zoh", "bilinear"):
-            raise ValueError(f"S5(discretization={discretization!r}): none such. Known: bilinear, zoh.")
-        if output not in ("glu", "identity"):
-            raise ValueError(f"S5(output={output!r}): none such. Known: glu, identity.")
+        check_choice("S5", "discretization", discretization, ("zoh", "bilinear"))
+        check_choice("S5", "output", output, ("glu", "identity"))
         if n_blocks < 1 or d_state < 2 or d_state % (2 * n_blocks):
             raise ValueError(
                 f"S5(d_state={d_state}, n_blocks={n_blocks}): each block needs an even number of states. "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, silu
 
-from ..._errors import nearest
+from ..._errors import check_choice
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Compaction, Timeline, segments, zero_where_invalid
 from .._register import at_least_float32, choose, define, expect, register
@@ -47,8 +47,8 @@ def short(
     Raises:
         ValueError: If shapes do not go together, or the activation or the backend does not exist.
     """
-    if activation not in (None, "silu"):
-        raise ValueError(f"convolution.short(activation={activation!r}): none such.{nearest(activation, ['silu'])}")
+    if activation is not None:
+        check_choice("convolution.short", "activation", activation, ["silu"])
     return _convolve(
         "short_convolution", u, weight.flip(1), bias, initial, activation, Timeline(None, start, valid), backend
     )

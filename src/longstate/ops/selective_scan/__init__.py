@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..._errors import nearest
+from ..._errors import check_choice
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
 from .._register import at_least_float32, choose, define, differentiated, expect, real_of, register
@@ -57,10 +57,7 @@ def selective_scan(
     Source:
         Gu and Dao, arXiv:2312.00752, equations 1–2 and algorithm 2; Gu et al., arXiv:2206.11893 (fixed coefficients).
     """
-    if discretization not in RULES:
-        raise ValueError(
-            f"selective_scan(discretization={discretization!r}): no such rule.{nearest(discretization, RULES)}"
-        )
+    check_choice("selective_scan", "discretization", discretization, RULES)
     batch, length, width = u.shape
     n = A.shape[-1]
     expect("selective_scan", "dt", dt, (batch, length, width))
