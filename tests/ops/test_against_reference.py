@@ -18,6 +18,8 @@ def flags(kind: str, batch: int, length: int) -> dict[str, torch.Tensor]:
     result = {}
     if "start" in kind:
         result["start"] = torch.rand(batch, length) < 0.05
+        # One row begins anew in the last window of a convolution, or at its only step; the others may not.
+        result["start"][-1, -2 : -1 if length > 1 else None] = True
     if "valid" in kind:
         result["valid"] = torch.rand(batch, length) < 0.8
     return result
@@ -121,3 +123,22 @@ def test_chunked_equals_reference(make: Callable[..., Any], kind: str, marks: st
     options = flags(marks, 2, length)
     wanted = run(function, arguments, backend="reference", **options)
     assert largest_error(run(function, arguments, **options), wanted) < 1e-10
+
+
+@pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
+@pytest.mark.parametrize(("make", "kind"), CASES, ids=IDS)
+def test_pieces_equal_the_whole(make: Callable[..., Any], kind: str, marks: str) -> None:
+    """The reference shares what stands around an op, such as a convolution's window; this does not rely on it."""
+    batch, length, cut = 2, 97, 40
+    function, arguments = make(kind, batch, length, torch.float64)
+    options = flags(marks, batch, length)
+    if "start" in options:
+        options["start"][0, cut - 2] = True  # the window at the cut holds two sequences
+    whole, final = function(**arguments, **options)
+    given = arguments | options
+    timed = [name for name, x in given.items() if isinstance(x, torch.Tensor) and x.shape[:2] == (batch, length)]
+    outputs, state = [], given["initial"]
+    for at in (slice(0, cut), slice(cut, length)):
+        y, state = function(**given | {name: given[name][:, at] for name in timed} | {"initial": state})
+        outputs.append(y)
+    assert largest_error([torch.cat(outputs, 1), state], [whole, final]) < 1e-10

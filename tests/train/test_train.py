@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import longstate
-from longstate.data.text import random_batch
+from longstate import Timeline
+from longstate.data.text import pack, random_batch, read_documents, split, stream_batch
+from longstate.data.tokenizers import Bytes
 from longstate.train import Options, checkpoint, train
 from longstate.train.log import read_log
 
@@ -100,6 +102,21 @@ def dying(function: Callable[..., object], at: int) -> Callable[..., object]:
         return function(*arguments, **named)
 
     return call
+
+
+def test_a_carried_state_reaches_the_next_step(options: Options) -> None:
+    # With a learning rate of next to nothing every step meets the weights that are saved at the end.
+    out = train(dataclasses.replace(options, steps=3, carry_state=True, learning_rate=1e-30, log_every=1))
+    model = longstate.load(out)
+    corpus = pack(split(read_documents(options.text), options.validation_fraction)[0], Bytes())
+    state, carried, fresh = None, [], []
+    for step in range(3):
+        tokens, targets, start = stream_batch(corpus, step, options.batch_size, options.context)
+        loss, state = model.loss(tokens, targets, state, Timeline(start=start))
+        carried.append(loss.item())
+        fresh.append(model.loss(tokens, targets, None, Timeline(start=start))[0].item())
+    assert read_log(out / "loss.csv")["train_loss"] == pytest.approx(carried, abs=1e-5)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(carried[1:], fresh[1:], strict=True))
 
 
 @pytest.mark.parametrize("carry_state", [False, True])
