@@ -19,18 +19,23 @@ from .stack import LayerSpec, Stack, check_kinds
 class LanguageModel(nn.Module):
     """Predict the next token of each sequence at each step.
 
-        logits_t = W_lm Stack(embedding(tokens))_t
+        logits_t = W_lm Stack(embedding(tokens))_t / divisor,    then cap · tanh(logits / cap) if there is a cap
 
     Args:
         vocab_size: Tokens that exist.
         d_model: Channels of the residual stream.
         layers: For each layer the name of a mixer or a mapping, as in ``Stack``.
-        mlp: Options of a gated MLP after each mixer; none when absent.
+        mlp: The channel mixer after each mixer, as in ``Stack``; none when absent.
         tie_embeddings: Whether W_lm is the embedding itself.
         pad_vocab_size_multiple: Rows of the embedding are filled up to a multiple of this; logits have as many entries.
         norm_eps: ε of all norms of the stack.
         residual_in_fp32: Whether the residual stream stays in float32 when the weights are narrower.
         checkpoint_activations: Whether blocks recompute their insides in the backward pass.
+        norm_offset: Added to the weights of all norms of the stack.
+        embedding_multiplier: Factor of what the embedding gives.
+        residual_multiplier: Factor of what each mixer and each channel mixer adds.
+        logits_divisor: Divides the logits.
+        logits_soft_cap: Bound that the logits approach; none when absent.
 
     Attributes:
         config: These arguments, ready for JSON.
@@ -50,12 +55,22 @@ class LanguageModel(nn.Module):
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         checkpoint_activations: bool = False,
+        norm_offset: float = 0.0,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_divisor: float = 1.0,
+        logits_soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         if min(vocab_size, d_model, pad_vocab_size_multiple) < 1:
             raise ValueError(
                 f"LanguageModel(vocab_size={vocab_size}, d_model={d_model}, "
                 f"pad_vocab_size_multiple={pad_vocab_size_multiple}): sizes start at 1"
+            )
+        if logits_divisor == 0 or (logits_soft_cap is not None and not logits_soft_cap > 0):
+            raise ValueError(
+                f"LanguageModel(logits_divisor={logits_divisor}, logits_soft_cap={logits_soft_cap}): wanted a divisor "
+                f"other than 0, and a cap above 0 or None"
             )
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -67,12 +82,28 @@ class LanguageModel(nn.Module):
             "norm_eps": norm_eps,
             "residual_in_fp32": residual_in_fp32,
             "checkpoint_activations": checkpoint_activations,
+            "norm_offset": norm_offset,
+            "embedding_multiplier": embedding_multiplier,
+            "residual_multiplier": residual_multiplier,
+            "logits_divisor": logits_divisor,
+            "logits_soft_cap": logits_soft_cap,
         }
         self.vocab_size = vocab_size
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         # Not yet drawn: on the way to reset_parameters nothing of that size needs to exist twice.
         embedding = nn.utils.skip_init(nn.Embedding, rows, d_model)
-        self.backbone = Stack(d_model, layers, mlp, embedding, norm_eps, residual_in_fp32, checkpoint_activations)
+        self.backbone = Stack(
+            d_model,
+            layers,
+            mlp,
+            embedding,
+            norm_eps,
+            residual_in_fp32,
+            checkpoint_activations,
+            norm_offset,
+            embedding_multiplier,
+            residual_multiplier,
+        )
         self.lm_head = nn.utils.skip_init(nn.Linear, d_model, rows, bias=False)
         self._tie()
         self._draw_embeddings()
@@ -138,7 +169,15 @@ class LanguageModel(nn.Module):
         if tokens.ndim != 2:
             raise ValueError(f"LanguageModel: tokens of shape {list(tokens.shape)}, wanted [batch, time]")
         x, state = self.backbone(tokens, state, timeline)
-        return self.lm_head(x), state
+        return self.logits(x), state
+
+    def logits(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Return the logits of what the stack gave, which need not be that of all steps."""
+        logits = self.lm_head(x)
+        if self.config["logits_divisor"] != 1:
+            logits = logits / self.config["logits_divisor"]
+        cap = self.config["logits_soft_cap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(
         self,

@@ -1,78 +1,64 @@
-"""A stack of pre-norm residual blocks, each a mixer and, if wanted, a gated MLP."""
+"""A stack of pre-norm residual blocks, each a mixer and, if wanted, a channel mixer."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .._errors import nearest
+from .._errors import check_choice, nearest
 from .._shapes import Float, Tensor
 from ..mixers import MIXERS, Mixer
 from ..mixers._parts import RMSNorm
 from ..timeline import Timeline
+from .channels import MLP, GatedMLP
+from .experts import Experts
 
 LayerSpec = str | Mapping[str, Any]
 
-
-class GatedMLP(nn.Module):
-    """Mix the channels of each step: W₂ (u ∘ SiLU(g)), [u, g] = W₁ x.
-
-    Args:
-        d_model: Channels.
-        hidden: Inner channels; 8/3 of ``d_model``, rounded up to a multiple of 64, when absent.
-        bias: Whether the projections have biases.
-
-    Source:
-        Shazeer, arXiv:2002.05202 (SwiGLU). Names as in the hybrids of the state-spaces organisation.
-    """
-
-    def __init__(self, d_model: int, hidden: int | None = None, bias: bool = False) -> None:
-        super().__init__()
-        hidden = 64 * math.ceil(d_model * 8 / 3 / 64) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"GatedMLP(hidden={hidden}): wanted at least one inner channel")
-        self.fc1 = nn.Linear(d_model, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, d_model, bias=bias)
-
-    def reset_parameters(self) -> None:
-        """Draw the projections."""
-        self.fc1.reset_parameters()
-        self.fc2.reset_parameters()
-
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """Return the mixed channels."""
-        u, gate = self.fc1(x).chunk(2, -1)
-        return self.fc2(u * functional.silu(gate))
+# The names by which models call them, under "kind".
+CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"gated": GatedMLP, "plain": MLP, "experts": Experts}
+# What a layer adds to the residual stream leaves it through one of these.
+_LAST = ("out_proj.weight", "o_proj.weight", "linear_out.weight", "fc2.weight", "fc2")
 
 
 class Block(nn.Module):
-    """Add to the residual stream what a mixer makes of it, and then what an MLP does.
+    """Add to the residual stream what a mixer makes of it, and then what a channel mixer does; either may be absent.
 
-    r ← r + mixer(norm(r));    r ← r + mlp(norm2(r))
+    r ← r + m · mixer(norm(r));    r ← r + m · mlp(norm2(r))
     """
 
-    def __init__(self, d_model: int, mixer: Mixer, mlp: GatedMLP | None, norm_eps: float) -> None:
+    def __init__(
+        self, mixer: Mixer | None, mlp: nn.Module | None, norm: Callable[[], RMSNorm], residual_multiplier: float
+    ) -> None:
         super().__init__()
-        self.norm = RMSNorm(d_model, norm_eps)
+        self.norm = None if mixer is None else norm()
         self.mixer = mixer
-        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps)
+        self.norm2 = None if mlp is None else norm()
         self.mlp = mlp
+        self.residual_multiplier = residual_multiplier
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the mixer's state before the first step; an empty one without a mixer."""
+        return () if self.mixer is None else self.mixer.initial_state(batch_size)
 
     def forward(
         self, residual: Float[Tensor, "b t d"], state: Any, timeline: Timeline | None
     ) -> tuple[Float[Tensor, "b t d"], Any]:
         """Return the residual stream and the mixer's state."""
-        y, state = self.mixer(self.norm(residual), state, timeline)
-        residual = residual + y
+        if self.mixer is None or self.norm is None:
+            state = ()
+        else:
+            y, state = self.mixer(self.norm(residual), state, timeline)
+            residual = torch.add(residual, y, alpha=self.residual_multiplier)
         if self.mlp is not None and self.norm2 is not None:
-            residual = residual + self.mlp(self.norm2(residual))
+            residual = torch.add(residual, self.mlp(self.norm2(residual)), alpha=self.residual_multiplier)
         return residual, state
 
 
@@ -81,14 +67,18 @@ class Stack(nn.Module):
 
     Args:
         d_model: Channels of the residual stream.
-        layers: For each layer the name of a mixer, or a mapping with that name under "mixer" and options of its
-            constructor; a mapping may also hold "mlp", which replaces the stack's for this layer.
-        mlp: Options of a gated MLP after each mixer ({} for the default one); none when absent.
+        layers: For each layer the name of a mixer, or a mapping with that name under "mixer" (None for no mixer) and
+            options of its constructor; a mapping may also hold "mlp", which replaces the stack's for this layer.
+        mlp: The channel mixer after each mixer: options of its constructor, and under "kind" which one: "gated" (the
+            default), "plain" or "experts"; none when absent.
         embedding: What takes inputs to ``[b t d]``, such as ``torch.nn.Embedding``; nothing when absent.
         norm_eps: ε of all norms of the stack.
         residual_in_fp32: Whether the residual stream stays in float32 when the weights are narrower.
         checkpoint_activations: Whether blocks recompute their insides in the backward pass, which then needs one
             activation per layer and step.
+        norm_offset: Added to the weights of all norms of the stack: 1 where they are kept as differences from 1.
+        embedding_multiplier: Factor of what the embedding gives.
+        residual_multiplier: Factor of what each mixer and each channel mixer adds.
 
     Raises:
         ValueError: If a layer names no mixer, or an option that the mixer does not have.
@@ -103,6 +93,9 @@ class Stack(nn.Module):
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         checkpoint_activations: bool = False,
+        norm_offset: float = 0.0,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         if isinstance(layers, str) or not isinstance(layers, Sequence):
@@ -111,15 +104,19 @@ class Stack(nn.Module):
             )
         self.d_model = d_model
         self.residual_in_fp32, self.checkpoint_activations = residual_in_fp32, checkpoint_activations
+        self.embedding_multiplier = embedding_multiplier
         self.embedding = embedding
-        self.layers = nn.ModuleList(_block(i, d_model, layer, mlp, norm_eps) for i, layer in enumerate(layers))
-        self.norm_f = RMSNorm(d_model, norm_eps)
+        norm = partial(RMSNorm, d_model, norm_eps, offset=norm_offset)
+        self.layers = nn.ModuleList(
+            Block(*_parts(i, d_model, layer, mlp), norm, residual_multiplier) for i, layer in enumerate(layers)
+        )
+        self.norm_f = norm()
         self._scale_residual_branches()
 
     def reset_parameters(self) -> None:
         """Give every parameter of the blocks its initial value."""
         for module in self.layers.modules():
-            if isinstance(module, Mixer | GatedMLP | RMSNorm):
+            if isinstance(module, Mixer | RMSNorm | GatedMLP | MLP | Experts):
                 module.reset_parameters()
         self.norm_f.reset_parameters()
         self._scale_residual_branches()
@@ -130,19 +127,18 @@ class Stack(nn.Module):
         Source:
             Radford et al., 2019 (GPT-2); so do the published Mamba models.
         """
-        branches = [
-            module.weight
-            for block in self._blocks()
-            for name, module in block.named_modules()
-            if name.rpartition(".")[2] in ("out_proj", "o_proj", "fc2") and isinstance(module, nn.Linear)
+        branches: list[nn.Parameter] = [
+            parameter
+            for name, parameter in self.layers.named_parameters()
+            if name.endswith(tuple(f".{last}" for last in _LAST))
         ]
         with torch.no_grad():
             for weight in branches:
-                weight /= math.sqrt(len(branches))
+                weight.div_(math.sqrt(len(branches)))
 
     def initial_state(self, batch_size: int) -> tuple[Any, ...]:
         """Return the states of ``batch_size`` sequences before their first step, one for each layer."""
-        return tuple(block.mixer.initial_state(batch_size) for block in self._blocks())
+        return tuple(block.initial_state(batch_size) for block in self._blocks())
 
     def _blocks(self) -> Iterator[Block]:
         return cast(Iterator[Block], iter(self.layers))
@@ -153,7 +149,7 @@ class Stack(nn.Module):
         """Return the normed residual stream, and the states of all layers.
 
         Args:
-            x: What the embedding takes, or ``[b t d]`` without one.
+            x: What the embedding takes, or ``[b t d]`` as it comes out of it.
             state: One state for each layer; the initial ones when absent.
             timeline: When the steps happen, where sequences begin, and which steps count.
 
@@ -162,9 +158,11 @@ class Stack(nn.Module):
         """
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"Stack: a state of {len(state)} layers came to a stack of {len(self.layers)}")
-        residual = x if self.embedding is None else self.embedding(x)
+        residual = x if self.embedding is None or x.is_floating_point() else self.embedding(x)
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        if self.embedding_multiplier != 1:
+            residual = residual * self.embedding_multiplier
         states = []
         for i, block in enumerate(self._blocks()):
             arguments = (residual, None if state is None else state[i], timeline)
@@ -176,32 +174,50 @@ class Stack(nn.Module):
         return self.norm_f(residual), tuple(states)
 
 
-def _block(i: int, d_model: int, layer: LayerSpec, mlp: Mapping[str, Any] | None, norm_eps: float) -> Block:
-    """Build a layer from its description."""
+def _parts(
+    i: int, d_model: int, layer: LayerSpec, mlp: Mapping[str, Any] | None
+) -> tuple[Mixer | None, nn.Module | None]:
+    """Build mixer and channel mixer of a layer from its description."""
+    where = f"layers[{i}]"
     options: dict[str, Any] = {"mixer": layer} if isinstance(layer, str) else {}
     if isinstance(layer, Mapping):
         options = dict(layer)
-    if not isinstance(options.get("mixer"), str):
+    if not isinstance(options.get("mixer", 0), str | None):
         raise ValueError(
-            f'layers[{i}] = {layer!r:.200}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}'
+            f'{where} = {layer!r:.200}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}'
         )
     name, mlp = options.pop("mixer"), options.pop("mlp", mlp)
-    if name not in MIXERS:
-        raise ValueError(f"layers[{i}]: there is no mixer {name!r}.{nearest(name, MIXERS)}")
-    mixer = _construct(f"layers[{i}]: {name}", MIXERS[name], d_model, options)
-    return Block(
-        d_model, mixer, None if mlp is None else _construct(f"layers[{i}]: mlp", GatedMLP, d_model, mlp), norm_eps
+    if name is None and (options or mlp is None):
+        raise ValueError(f"{where} = {layer!r:.200}: a layer without a mixer has an mlp, and no other options")
+    if name is not None and name not in MIXERS:
+        raise ValueError(f"{where}: there is no mixer {name!r}.{nearest(name, MIXERS)}")
+    return (
+        None if name is None else _construct(f"{where}: {name}", MIXERS[name], d_model, options),
+        None if mlp is None else _channel_mixer(f"{where}: mlp", d_model, mlp),
     )
+
+
+def _channel_mixer(where: str, d_model: int, options: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where}: options {options!r} are no mapping of names to values")
+    options = dict(options)
+    kind = options.pop("kind", "gated")
+    check_choice(where, "kind", kind, CHANNEL_MIXERS)
+    return _construct(where, CHANNEL_MIXERS[kind], d_model, options)
 
 
 def _construct(where: str, kind: type[Any], d_model: int, options: Mapping[str, Any]) -> Any:
     """Call a constructor with options that came as data."""
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: options {options!r} are no mapping of names to values")
-    known = list(inspect.signature(kind.__init__).parameters)[2:]
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]
+    known = [parameter.name for parameter in parameters]
     for option in options:
         if option not in known:
             raise ValueError(f"{where} has no option {option!r}.{nearest(option, known)}")
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise ValueError(f"{where}: {parameter.name} is missing")
     check_kinds(where, kind.__init__, options)
     try:
         return kind(d_model, **options)
