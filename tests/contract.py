@@ -49,16 +49,21 @@ def _slow_modes(mixer: S4D | S5, factor: float) -> None:
 
 
 def _slow_mamba(mixer: Mamba, factor: float) -> None:
-    """Δ meets A and B only."""
+    """Δ meets A and B; what the state should gain, the skip loses and the projection gains."""
     mixer.A_log.data += math.log(factor)
-    mixer.x_proj.weight.data[mixer.dt_rank : mixer.dt_rank + mixer.d_state] *= factor
+    mixer.D.data /= factor
+    mixer.out_proj.weight.data *= factor
 
 
 def _slow_mamba2(mixer: Mamba2, factor: float) -> None:
-    """Δ meets A and x; what the state should gain, the skip and ε lose, as the norm does not see the scale."""
+    """Δ meets A and x; what the state should gain, the skip and ε lose, as the norm does not see the scale (or, without
+    a norm, the projection gains)."""
     mixer.A_log.data += math.log(factor)
     mixer.D.data /= factor
-    mixer.norm.eps /= factor**2
+    if mixer.norm is None:
+        mixer.out_proj.weight.data[:, -mixer.d_ssm :] *= factor
+    else:
+        mixer.norm.eps /= factor**2
 
 
 ROWS = [
@@ -74,6 +79,8 @@ ROWS = [
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba
     ),
+    Row("mamba plain inner norms", lambda: Mamba(4, 3, dt_rank=3, inner_norm="plain"), _slow_mamba),
+    Row("mamba weighted inner norms", lambda: Mamba(4, 3, dt_rank=3, inner_norm="weighted"), _slow_mamba),
     Row("mamba2", lambda: Mamba2(6, d_state=3, head_dim=3), _slow_mamba2),
     Row("mamba2 groups", lambda: Mamba2(8, 3, head_dim=4, n_groups=2, bias=True), _slow_mamba2),
     Row(
@@ -81,10 +88,31 @@ ROWS = [
         lambda: Mamba2(6, 3, d_conv=1, head_dim=4, norm_groups=3, dt_limit=(0.01, 0.03)),
         _slow_mamba2,
     ),
+    Row("mamba2 part mlp", lambda: Mamba2(6, 3, head_dim=4, d_ssm=8, n_groups=2), _slow_mamba2),
+    Row(
+        "mamba2 no norm",
+        lambda: Mamba2(6, 3, head_dim=3, d_ssm=9, gated_norm=False, skip_per_channel=True),
+        _slow_mamba2,
+    ),
+    Row(
+        "mamba2 norm before gate",
+        lambda: Mamba2(6, 3, head_dim=5, d_inner=10, norm_before_gate=True, skip_per_channel=True),
+        _slow_mamba2,
+    ),
     Row("attention", lambda: Attention(6, 3), state="grows"),
     Row("attention window", lambda: Attention(6, 3, window=5)),
     Row("attention grouped", lambda: Attention(8, 4, 2, window=16, bias=True)),
     Row("attention partial rotary", lambda: Attention(8, 2, 1, head_dim=6, rotary_dim=2), state="grows"),
+    Row(
+        "attention norms",
+        lambda: Attention(6, 2, 1, head_dim=4, scale=0.3, out_bias=True, qk_norm=True, norm_eps=1e-2),
+        state="grows",
+    ),
+    Row("attention convolution", lambda: Attention(6, 3, d_conv=4), state="grows"),
+    Row(
+        "attention window convolution",
+        lambda: Attention(8, 2, 1, window=5, qk_norm=True, d_conv=3, conv_bias=False),
+    ),
 ]
 
 BATCH = 3
@@ -524,7 +552,9 @@ def check_initial_state(make: Factory, dtype: torch.dtype = torch.float64) -> No
         assert all(leaf.shape[0] == BATCH for leaf in tree_leaves(state))
         assert type(state) is type(wanted[1]) and hasattr(state, "_fields")
         assert all(
-            leaf.dtype not in (torch.bfloat16, torch.float16) or name != "ssm" for name, leaf in state._asdict().items()
+            leaf.dtype not in (torch.bfloat16, torch.float16)
+            for name, leaf in state._asdict().items()
+            if name in ("ssm", "h")
         )
 
 
@@ -642,7 +672,7 @@ def check_export(make: Factory, kinds: str, with_state: bool) -> None:
     small = mixer.initial_state(2)
     shapes = (
         {0: batch, 1: length},
-        None if state is None else type(state)(*(_axes(s, i, batch, room) for s, i in zip(state, small, strict=True))),
+        None if state is None else tree_map(lambda s, i: _axes(s, i, batch, room), state, small),
         None if when is None else Timeline(*(None if entry is None else {0: batch, 1: length} for entry in when)),
     )
     try:

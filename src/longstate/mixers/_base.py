@@ -58,9 +58,14 @@ class Mixer(nn.Module, ABC):
             vars(parameter).update(marks[name])
         return self
 
-    def _enter(self, x: Tensor, timeline: Timeline | None) -> tuple[Tensor, Timeline]:
-        """Check inputs, expand the timeline to them, and clear the steps that do not count."""
+    def _enter(self, x: Tensor, timeline: Timeline | None, timed: bool = True) -> tuple[Tensor, Timeline]:
+        """Check inputs, expand the timeline to them, and clear the steps that do not count.
+
+        A mixer that counts steps and is not ``timed`` takes no elapsed time.
+        """
         name = type(self).__name__
+        if not timed and timeline is not None and timeline.dt is not None:
+            raise ValueError(f"{name}: the timeline has dt, but {name} counts steps and knows no time. Leave dt out.")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"{name}: input of shape {list(x.shape)}, wanted [batch, time, d_model={self.d_model}]")
         timeline = Timeline() if timeline is None else timeline.expand(x.shape[0], x.shape[1])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import convolution
 from ..timeline import Timeline
@@ -15,46 +16,90 @@ from ._base import mark
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, optionally by groups of channels and of a gated input, in float32 at least.
+    """Root-mean-square norm, optionally by groups of channels and beside a gate, in float32 at least.
 
-        y = weight ∘ x / √(mean(x²) + eps),    with x ← x ∘ SiLU(gate) if a gate is given
+        y = (offset + weight) ∘ x̂,    x̂ = x / √(mean(x²) + eps)
+
+    With a gate, x ← x ∘ SiLU(gate) before the norm, or y ← y ∘ SiLU(gate) after it.
+
+    Args:
+        width: Channels: of the last axis.
+        eps: Added to the mean square.
+        groups: Groups of channels that are normed apart.
+        offset: Added to the weight, which starts at 1 − offset.
+        scale: Whether there is a weight at all.
+        norm_before_gate: Whether a gate multiplies what was normed, and not what will be.
+
+    Raises:
+        ValueError: If the width does not divide into groups, ε is not positive, or there is an offset without a weight.
 
     Source:
-        Zhang and Sennrich, arXiv:1910.07467; gated, arXiv:2405.21060.
+        Zhang and Sennrich, arXiv:1910.07467; gated, arXiv:2405.21060; 1 + weight, arXiv:2402.19427.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, groups: int = 1) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        groups: int = 1,
+        offset: float = 0.0,
+        scale: bool = True,
+        norm_before_gate: bool = False,
+    ) -> None:
         super().__init__()
-        if width % groups:
+        if groups < 1 or width % groups:
             raise ValueError(f"RMSNorm(width={width}, groups={groups}): the width is not a multiple of groups")
         if not eps > 0:
             raise ValueError(f"RMSNorm(eps={eps}): wanted a small positive number, such as 1e-5")
-        self.eps, self.groups = eps, groups
-        self.weight = mark(nn.Parameter(torch.empty(width)))
+        if offset and not scale:
+            raise ValueError(f"RMSNorm(offset={offset}, scale=False): an offset is added to a weight. Leave one out.")
+        self.eps, self.groups, self.offset, self.norm_before_gate = eps, groups, offset, norm_before_gate
+        self.weight = mark(nn.Parameter(torch.empty(width))) if scale else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1."""
-        nn.init.ones_(self.weight)
+        """Set the weight so that it multiplies by 1."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1 - self.offset)
 
-    def forward(self, x: Float[Tensor, "b t d"], gate: Float[Tensor, "b t d"] | None = None) -> Float[Tensor, "b t d"]:
-        """Return the normed input in the type of the weight (or of autocast)."""
+    def forward(self, x: Float[Tensor, "*b d"], gate: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
+        """Return the normed input in the type of the weight (or of autocast); of the input where there is none."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if gate is not None:
-            wide = wide * functional.silu(gate.to(wide.dtype))
-        normed = functional.rms_norm(
-            wide.unflatten(-1, (self.groups, -1)), (wide.shape[-1] // self.groups,), eps=self.eps
-        )
-        return normed.flatten(-2).to(self.weight.dtype) * self.weight
+        factor = None if gate is None else functional.silu(gate.to(wide.dtype))
+        if factor is not None and not self.norm_before_gate:
+            wide, factor = wide * factor, None
+        width = wide.shape[-1]
+        y = functional.rms_norm(wide.unflatten(-1, (self.groups, -1)), (width // self.groups,), eps=self.eps)
+        y = y.flatten(-2)
+        if self.weight is None:
+            return (y if factor is None else y * factor).to(x.dtype)
+        if factor is None and not self.offset:
+            return y.to(self.weight.dtype) * self.weight
+        # 1 + a small weight, rounded to bfloat16, would lose most of the weight.
+        y = y * (self.offset + self.weight.to(y.dtype))
+        return (y if factor is None else y * factor).to(self.weight.dtype)
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution with the weight layout of ``torch.nn.Conv1d``, followed by SiLU."""
+    """Causal depthwise convolution with the weight layout of ``torch.nn.Conv1d``, followed by SiLU or nothing.
 
-    def __init__(self, width: int, taps: int, bias: bool) -> None:
+    Args:
+        width: Channels.
+        taps: Inputs that each output sees.
+        bias: Whether there is a bias.
+        activation: "silu" or None.
+
+    Raises:
+        ValueError: If there is no tap, or no such activation.
+    """
+
+    def __init__(self, width: int, taps: int, bias: bool, activation: str | None = "silu") -> None:
         super().__init__()
         if taps < 1:
             raise ValueError(f"d_conv={taps}: a convolution has at least one tap. Take 4, or 1 for none.")
+        if activation is not None:
+            check_choice("ShortConvolution", "activation", activation, ["silu"])
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(width, 1, taps))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
@@ -74,7 +119,7 @@ class ShortConvolution(nn.Module):
             self.weight.squeeze(1),
             self.bias,
             state,
-            activation="silu",
+            activation=self.activation,
             start=timeline.start,
             valid=timeline.valid,
         )

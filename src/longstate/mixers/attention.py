@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .._shapes import Float, Int, Tensor
-from ..timeline import Compaction, Timeline, segments
+from ..timeline import Compaction, Timeline, segments, zero_where_invalid
 from ._base import Mixer
+from ._parts import RMSNorm, ShortConvolution
 
 
 class AttentionState(NamedTuple):
@@ -37,10 +39,19 @@ class WindowState(NamedTuple):
     length: Int[Tensor, " b"]
 
 
+class ConvolvedState(NamedTuple):
+    """The window of the convolution, and what attention without one remembers."""
+
+    conv: Float[Tensor, "b window d"]
+    attention: AttentionState | WindowState
+
+
 class Attention(Mixer):
     """Attend to the past of the same sequence, with rotary positions.
 
-        y_t = W_o Σ_s softmax_s(q_tᵀ k_s / √p) v_s    over 0 ≤ t − s < window
+        y_t = W_o Σ_s softmax_s(scale · q_tᵀ k_s) v_s    over 0 ≤ t − s < window
+        [q, k, v] = [W_q, W_k, W_v] u, through a short convolution if there is one; then q and k through a norm of each
+        head if there is one; then rotated
 
     Args:
         d_model: Channels.
@@ -52,13 +63,20 @@ class Attention(Mixer):
         rotary_dim: Channels of a head that are rotated by the position; all when absent, 0 for none.
         rotary_base: The longest wavelength is about 2π times this.
         bias: Whether the projections have biases.
+        scale: What scores are multiplied by; 1 / √head_dim when absent.
+        out_bias: Whether the last projection has a bias; like the others when absent.
+        qk_norm: Whether queries and keys pass through an RMSNorm of each head before they are rotated.
+        norm_eps: Its ε.
+        d_conv: Taps of a causal depthwise convolution of queries, keys and values; 0 for none.
+        conv_bias: Whether it has a bias.
 
     Raises:
         ValueError: If the sizes do not go together; in ``forward``, if the timeline has ``dt``: attention counts steps.
 
     Source:
         Vaswani et al., arXiv:1706.03762; rotary: Su et al., arXiv:2104.09864; grouped queries: Ainslie et al.,
-        arXiv:2305.13245.
+        arXiv:2305.13245; norms of queries and keys: Henry et al., arXiv:2010.04245; the convolution: Dao and Gu,
+        arXiv:2405.21060, its hybrids.
     """
 
     def __init__(
@@ -71,76 +89,89 @@ class Attention(Mixer):
         rotary_dim: int | None = None,
         rotary_base: float = 10000.0,
         bias: bool = False,
+        scale: float | None = None,
+        out_bias: bool | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        d_conv: int = 0,
+        conv_bias: bool = True,
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if head_dim is None:
-            if n_heads < 1 or d_model % n_heads:
-                raise ValueError(
-                    f"Attention(d_model={d_model}, n_heads={n_heads}): d_model is not a multiple of n_heads. "
-                    f"Choose head_dim, or a divisor of {d_model}."
-                )
-            head_dim = d_model // n_heads
-        if head_dim < 1:
-            raise ValueError(f"Attention(head_dim={head_dim}): a head has at least one channel")
-        if n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")
         if window is not None and window < 1:
             raise ValueError(
                 f"Attention(window={window}): a step sees at least itself. Take 1 or more, or None for all."
             )
-        if rotary_dim is None:
-            rotary_dim = head_dim
-            if head_dim % 2:
-                raise ValueError(
-                    f"Attention: a head has {head_dim} channels, and positions rotate pairs. Choose an even head_dim, "
-                    f"or rotary_dim={head_dim - 1}, or 0 for no positions."
-                )
-        if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
-            raise ValueError(f"Attention(rotary_dim={rotary_dim}): wanted an even number from 0 to head_dim={head_dim}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"Attention(scale={scale}): wanted a positive number, or None for 1 / √head_dim")
+        if d_conv < 0:
+            raise ValueError(f"Attention(d_conv={d_conv}): wanted a number of taps, such as 4, or 0 for no convolution")
+        head_dim, rotary_dim = _sizes(d_model, n_heads, n_kv_heads, head_dim, rotary_dim)
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
-        self.window, self.rotary_dim, self.rotary_base = window, rotary_dim, rotary_base
-        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+        self.window, self.rotary_dim, self.rotary_base, self.scale = window, rotary_dim, rotary_base, scale
+        width, kv_width = n_heads * head_dim, n_kv_heads * head_dim
+        self.q_proj = nn.Linear(d_model, width, bias=bias)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=bias)
+        self.conv1d = ShortConvolution(width + 2 * kv_width, d_conv, conv_bias, None) if d_conv else None
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.o_proj = nn.Linear(width, d_model, bias=bias if out_bias is None else out_bias)
 
     def reset_parameters(self) -> None:
         """Draw the projections."""
-        for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            module.reset_parameters()
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.conv1d, self.q_norm, self.k_norm, self.o_proj):
+            if module is not None:
+                module.reset_parameters()
 
-    def initial_state(self, batch_size: int) -> AttentionState | WindowState:
-        """Return an empty ring: of the window, or without slots for full attention."""
+    def initial_state(self, batch_size: int) -> AttentionState | WindowState | ConvolvedState:
+        """Return an empty ring: of the window, or without slots for full attention; and zeros for the convolution."""
         weight = self.k_proj.weight
         shape = (batch_size, self.window or 0, self.n_kv_heads, self.head_dim)
-        return self._state(
+        state = self._state(
             weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long)
         )
+        return state if self.conv1d is None else ConvolvedState(self.conv1d.initial_state(batch_size), state)
 
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        state: AttentionState | WindowState | None = None,
+        state: AttentionState | WindowState | ConvolvedState | None = None,
         timeline: Timeline | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], AttentionState | WindowState]:
+    ) -> tuple[Float[Tensor, "b t d"], AttentionState | WindowState | ConvolvedState]:
         """Return outputs and the state after the last step."""
-        if timeline is not None and timeline.dt is not None:
-            raise ValueError(
-                "Attention: the timeline has dt, but attention counts steps and knows no time. Leave dt out."
-            )
-        x, (_, start, valid) = self._enter(x, timeline)
-        batch, length, _ = x.shape
-        if length == 0:
-            return x.clone(), state or self.initial_state(batch)
+        x, timeline = self._enter(x, timeline, timed=False)
+        if x.shape[1] == 0:
+            return x.clone(), state or self.initial_state(x.shape[0])
+        q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.conv1d is None:
+            assert not isinstance(state, ConvolvedState)
+            y, state = self._read(q, k, v, state, timeline)
+        else:
+            assert state is None or isinstance(state, ConvolvedState)
+            window, past = (None, None) if state is None else state
+            widths = [z.shape[-1] for z in (q, k, v)]
+            convolved, window = self.conv1d(torch.cat([q, k, v], -1), window, timeline)
+            q, k, v = convolved.split(widths, -1)
+            y, past = self._read(q, k, v, past, timeline)
+            state = ConvolvedState(window, past)
+        return zero_where_invalid(self.o_proj(y), timeline.valid), state
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | WindowState | None, timeline: Timeline
+    ) -> tuple[Tensor, AttentionState | WindowState]:
+        """Attend to the past and to the new steps, heads side by side, and return the state after them."""
+        _, start, valid = timeline
+        batch, length, _ = q.shape
         compaction = None if valid is None else Compaction.of(valid)
         if compaction is not None:
-            x = compaction.compact(x)
+            q, k, v = (compaction.compact(x) for x in (q, k, v))
             start = None if start is None else compaction.start(start)
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k, v = (p(x).unflatten(-1, (self.n_kv_heads, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
 
-        index = torch.arange(length, device=x.device)
+        index = torch.arange(length, device=q.device)
         before = index.new_zeros(batch) if state is None else state.length
         position, segment = before[:, None] + index, torch.zeros_like(before)[:, None].expand(batch, length)
         began = None
@@ -153,11 +184,10 @@ class Attention(Mixer):
         any_length = torch.compiler.is_exporting()  # an exported graph cannot choose its way by the length
         inside = self.window is None or (not any_length and length <= self.window)
         if past is None and start is None and compaction is None and inside:
-            y = _attend(q, k, v, None)
+            y = _attend(q, k, v, None, self.scale)
         else:
             y = self._masked(q, k, v, past, before, position, segment)
-        y = self.o_proj(y.flatten(-2))
-        y = y if compaction is None else compaction.restore(y)
+        y = y.flatten(-2) if compaction is None else compaction.restore(y.flatten(-2))
 
         count = before.new_full((batch,), length) if compaction is None else compaction.total
         total, origin = before + count, -before  # how long the last sequence is, and where its position 0 stands
@@ -189,7 +219,7 @@ class Attention(Mixer):
         # A slot not yet filled has a position below 0; it belongs to no sequence.
         key_segment = torch.cat([torch.where(old < 0, -1, 0), segment], 1)
         if self.window is None or torch.compiler.is_exporting() or length <= self.window:
-            return _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
+            return _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
         # Blocks as long as the window: each sees itself and the one before.
         w = self.window
         fill = -length % w
@@ -199,7 +229,7 @@ class Attention(Mixer):
         key_segment = _filled(_filled(key_segment, w - slots, 0, -1), 0, fill, -2)
         q, position, segment = (x.unflatten(1, (-1, w)).flatten(0, 1) for x in (q, position, segment))
         k, v, key_position, key_segment = (_pairs(x, w) for x in (k, v, key_position, key_segment))
-        y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment))
+        y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
         return y.unflatten(0, (before.shape[0], -1)).flatten(1, 2)[:, :length]
 
     def _visible(self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor) -> Tensor:
@@ -239,11 +269,40 @@ class Attention(Mixer):
         return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def _sizes(
+    d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None, rotary_dim: int | None
+) -> tuple[int, int]:
+    """Return the channels of a head, and how many of them are rotated."""
+    if head_dim is None:
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(
+                f"Attention(d_model={d_model}, n_heads={n_heads}): d_model is not a multiple of n_heads. "
+                f"Choose head_dim, or a divisor of {d_model}."
+            )
+        head_dim = d_model // n_heads
+    if head_dim < 1:
+        raise ValueError(f"Attention(head_dim={head_dim}): a head has at least one channel")
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(f"Attention(n_heads={n_heads}, n_kv_heads={n_kv_heads}): n_kv_heads must divide n_heads")
+    if rotary_dim is None:
+        rotary_dim = head_dim
+        if head_dim % 2:
+            raise ValueError(
+                f"Attention: a head has {head_dim} channels, and positions rotate pairs. Choose an even head_dim, "
+                f"or rotary_dim={head_dim - 1}, or 0 for no positions."
+            )
+    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+        raise ValueError(f"Attention(rotary_dim={rotary_dim}): wanted an even number from 0 to head_dim={head_dim}")
+    return head_dim, rotary_dim
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
     """Attend ``[b t h p]``, to all before when there is no mask ``[b t s]``."""
     q, k, v = (x.transpose(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
     mask = None if visible is None else visible[:, None]
-    y = scaled_dot_product_attention(q, k, v, mask, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1])
+    y = scaled_dot_product_attention(
+        q, k, v, mask, is_causal=visible is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return y.transpose(1, 2)
 
 

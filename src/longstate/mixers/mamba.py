@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import selective_scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._parts import RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
 
 
 class MambaState(NamedTuple):
@@ -41,6 +42,8 @@ class Mamba(Mixer):
         [x, z] = W_in u;  x ← SiLU(conv(x));  [δ, B, C] = W_x x;  Δ = softplus(W_Δ δ + b_Δ)
         h_t = e^{Δ_t A} ∘ h_{t−1} + Δ_t B_t x_t,    y_t = W_out((C_tᵀ h_t + D ∘ x_t) ∘ SiLU(z_t))
 
+    With inner norms, δ, B and C pass through an RMSNorm each before they are used.
+
     Args:
         d_model: Channels.
         d_state: States of each inner channel.
@@ -51,12 +54,15 @@ class Mamba(Mixer):
         dt_max: Largest initial Δ; they are drawn log-uniformly.
         bias: Whether the projections in and out have biases.
         conv_bias: Whether the convolution has one.
+        inner_norm: "plain" (without weights, as in Falcon-Mamba), "weighted" (as in Jamba), or None for no norms.
+        inner_norm_eps: Their ε.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If a size is not positive, or there is no such ``inner_norm``.
 
     Source:
-        Gu and Dao, arXiv:2312.00752. Weights are named and laid out as in its published checkpoints.
+        Gu and Dao, arXiv:2312.00752. Weights are named and laid out as in its published checkpoints. Inner norms:
+        Lieber et al., arXiv:2403.19887; Zuo et al., arXiv:2410.05355.
     """
 
     def __init__(
@@ -70,6 +76,8 @@ class Mamba(Mixer):
         dt_max: float = 1e-1,
         bias: bool = False,
         conv_bias: bool = True,
+        inner_norm: str | None = None,
+        inner_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         inner = int(expand * d_model)
@@ -79,6 +87,8 @@ class Mamba(Mixer):
                 f"Mamba(d_model={d_model}, d_state={d_state}, expand={expand}, dt_rank={dt_rank}): sizes start at 1"
             )
         check_steps("Mamba", dt_min, dt_max)
+        if inner_norm is not None:
+            check_choice("Mamba", "inner_norm", inner_norm, ("plain", "weighted"))
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, inner, d_state, dt_rank
         self.dt_min, self.dt_max = dt_min, dt_max
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
@@ -86,6 +96,10 @@ class Mamba(Mixer):
         self.x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = StepProjection(dt_rank, inner)
         mark(self.dt_proj.bias)
+        self.dt_norm, self.B_norm, self.C_norm = (
+            nn.Identity() if inner_norm is None else RMSNorm(n, inner_norm_eps, scale=inner_norm == "weighted")
+            for n in (dt_rank, d_state, d_state)
+        )
         self.A_log = mark(nn.Parameter(torch.empty(inner, d_state)))
         self.D = mark(nn.Parameter(torch.empty(inner)))
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
@@ -95,6 +109,9 @@ class Mamba(Mixer):
         """Set A = −(1 … n) and D = 1, draw Δ's bias so that Δ is log-uniform, and the projections as published."""
         for module in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             module.reset_parameters()
+        for norm in (self.dt_norm, self.B_norm, self.C_norm):
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
         with torch.no_grad():
             self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float64).log().expand_as(self.A_log))
             nn.init.ones_(self.D)
@@ -115,15 +132,15 @@ class Mamba(Mixer):
         u, window = self.conv1d(u, None if state is None else state.conv, timeline)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         dtype = state_dtype(self.A_log)
-        dt = functional.softplus(self.dt_proj(low).to(dtype) + self.dt_proj.bias.to(dtype))
+        dt = functional.softplus(self.dt_proj(self.dt_norm(low)).to(dtype) + self.dt_proj.bias.to(dtype))
         if timeline.dt is not None:
             dt = dt * timeline.dt.to(dtype)[..., None]
         y, ssm = selective_scan(
             u,
             dt,
             -self.A_log.to(dtype).exp(),
-            B,
-            C,
+            self.B_norm(B),
+            self.C_norm(C),
             self.D,
             None if state is None else state.ssm,
             start=timeline.start,
