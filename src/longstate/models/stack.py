@@ -197,7 +197,7 @@ def _parts(
     )
 
 
-def _channel_mixer(where: str, d_model: int, options: Mapping[str, Any]) -> nn.Module:
+def _channel_mixer(where: str, d_model: int, options: Any) -> nn.Module:
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: options {options!r} are no mapping of names to values")
     options = dict(options)
