@@ -32,3 +32,13 @@ def test_an_attention_layer_costs_more_the_more_it_has_read() -> None:
 def test_complex_states_count_as_such() -> None:
     model = LanguageModel(50, 32, [{"mixer": "s4d", "d_state": 8, "output": "identity"}])
     assert token_cost(model, 10)[1].flops == 14 * 32 * 4
+
+
+def test_experts_that_a_step_passes_by_cost_nothing() -> None:
+    mlp = {"kind": "experts", "n_experts": 6, "top_k": 2, "hidden": 16}
+    layer = token_cost(LanguageModel(50, 32, [{"mixer": None, "mlp": mlp}]), context=10)[1]
+    expert, rest = 3 * 16 * 32, 6 * 32 + 32
+    assert layer.name == "0 Experts"
+    assert (layer.parameters, layer.state_bytes) == (6 * expert + rest, 0)
+    assert layer.bytes_moved == 4 * (2 * expert + rest)
+    assert layer.flops == 2 * (2 * expert + 6 * 32)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import state as states
 from ..mixers._parts import ShortConvolution
 from ..models import LanguageModel
+from ..models.experts import Experts
 
 # Operations for each number of a recurrent state, real or complex, which no counter of matrix products sees:
 # decay (1 or 6), input (1 or 2), their sum (1 or 2), and its part of the output (2 or 4).
@@ -27,7 +28,7 @@ class Cost(NamedTuple):
         state_bytes: Size of the state.
         flops: Floating-point operations: matrix products, attention, recurrences and short convolutions. What acts on
             single channels (norms, gates, activations) is not counted.
-        bytes_moved: Parameters and state read, and state written.
+        bytes_moved: Parameters and state read, and state written; of experts only as many as a step goes through.
     """
 
     name: str
@@ -58,7 +59,7 @@ def token_cost(model: LanguageModel, context: int = 1024) -> list[Cost]:
     for i, (block, state) in enumerate(zip(model.backbone.layers, before, strict=True)):
         size = states.nbytes(state)
         flops = counts.get(f"backbone.layers.{i}", 0) + _recurrence(state) + _convolution(block)
-        name = f"{i} {type(block.mixer).__name__}"
+        name = f"{i} {type(block.mlp if block.mixer is None else block.mixer).__name__}"
         costs.append(Cost(name, _numel(block), size, flops, _nbytes(block) + 2 * size))
     head = model.lm_head
     own = 0 if head.weight is embedding.weight else _numel(head)
@@ -68,7 +69,7 @@ def token_cost(model: LanguageModel, context: int = 1024) -> list[Cost]:
 
 
 def _recurrence(state: Any) -> int:
-    h = state._asdict().get("ssm")
+    h = getattr(state, "ssm", None)
     return 0 if h is None else h.numel() * _RECURRENCE[h.is_complex()]
 
 
@@ -82,4 +83,11 @@ def _numel(module: nn.Module) -> int:
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    """Return the size of the parameters that one step needs."""
+    idle = sum(
+        (weight.numel() - weight.numel() // len(weight) * m.top_k) * weight.element_size()
+        for m in module.modules()
+        if isinstance(m, Experts)
+        for weight in (m.fc1, m.fc2)
+    )
+    return sum(p.numel() * p.element_size() for p in module.parameters()) - idle
