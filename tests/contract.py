@@ -21,7 +21,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import longstate
-from longstate import S4D, S5, Attention, Mamba, Mamba2, Mixer, Timeline, ops
+from longstate import RGLRU, S4D, S5, Attention, Mamba, Mamba2, Mixer, ShortConv, Timeline, ops
 from longstate.ops import _register
 
 Factory = Callable[[], Mixer]
@@ -99,6 +99,10 @@ ROWS = [
         lambda: Mamba2(6, 3, head_dim=5, d_inner=10, norm_before_gate=True, skip_per_channel=True),
         _slow_mamba2,
     ),
+    Row("rglru", lambda: RGLRU(4)),
+    Row("rglru blocks", lambda: RGLRU(4, d_inner=6, n_heads=2, d_conv=2)),
+    Row("short_conv", lambda: ShortConv(4)),
+    Row("short_conv bias", lambda: ShortConv(3, d_conv=4, bias=True)),
     Row("attention", lambda: Attention(6, 3), state="grows"),
     Row("attention window", lambda: Attention(6, 3, window=5)),
     Row("attention grouped", lambda: Attention(8, 4, 2, window=16, bias=True)),

@@ -6,12 +6,14 @@ from . import systems as systems
 from .checkpoints import load as load
 from .checkpoints import save as save
 from .generate import generate as generate
+from .mixers import RGLRU as RGLRU
 from .mixers import S4D as S4D
 from .mixers import S5 as S5
 from .mixers import Attention as Attention
 from .mixers import Mamba as Mamba
 from .mixers import Mamba2 as Mamba2
 from .mixers import Mixer as Mixer
+from .mixers import ShortConv as ShortConv
 from .models import LanguageModel as LanguageModel
 from .models import Stack as Stack
 from .timeline import Timeline as Timeline

@@ -4,14 +4,18 @@ from ._base import Mixer as Mixer
 from .attention import Attention as Attention
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
+from .rglru import RGLRU as RGLRU
 from .s4d import S4D as S4D
 from .s5 import S5 as S5
+from .short_conv import ShortConv as ShortConv
 
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "rglru": RGLRU,
     "s4d": S4D,
     "s5": S5,
+    "short_conv": ShortConv,
 }
