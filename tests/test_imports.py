@@ -47,6 +47,7 @@ ONLY_IN: dict[str, set[str]] = {
     "pytorch_lightning": {"train"},
     "tensorboard": {"train"},
     "transformers": {"hf", "checkpoints"},
+    "peft": {"hf"},
     "sklearn": {"estimators"},
     "typer": {"cli"},
     "jaxtyping": {"_shapes"},

@@ -1,0 +1,334 @@
+"""A language model of ours as a ``transformers`` model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .. import checkpoints
+from .._shapes import Float, Int, Shaped, Tensor
+from ..mixers import Mixer
+from ..models import LanguageModel
+from ..timeline import Timeline
+from .cache import LongstateCache, Steps
+from .configuration import LongstateConfig
+
+
+class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
+    """A ``LanguageModel`` for ``generate``, ``Trainer``, PEFT, TRL and evaluation harnesses.
+
+    Parameters have the names that they have in ``LanguageModel``: a folder of ``longstate.save`` opens through
+    ``from_pretrained``, and one of ``save_pretrained`` through ``longstate.load``. The cache is the model's state.
+
+    Args:
+        config: The configuration.
+    """
+
+    config_class = LongstateConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch, by which Trainer's accumulated steps are one mean over tokens
+    _no_split_modules = ["Block"]  # noqa: RUF012  the names and kinds that transformers reads
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LongstateConfig) -> None:
+        super().__init__(config)
+        model = LanguageModel.from_config(config.options())
+        self.backbone, self.lm_head = model.backbone, model.lm_head
+        if not self.lm_head.weight.is_meta:
+            for module in self.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]  # drawn by LanguageModel
+        self.post_init()
+
+    @classmethod
+    def from_model(cls, model: LanguageModel) -> LongstateForCausalLM:
+        """Return a model that shares its parameters with this one."""
+        with torch.device("meta"):
+            wrapped = cls(LongstateConfig(**model.config))
+        wrapped.backbone, wrapped.lm_head = model.backbone, model.lm_head
+        wrapped.config.dtype = model.lm_head.weight.dtype
+        return wrapped.train(model.training)
+
+    def to_model(self) -> LanguageModel:
+        """Return a ``LanguageModel`` that shares its parameters with this model."""
+        with torch.device("meta"):
+            model = LanguageModel.from_config(self.config.options())
+        model.backbone, model.lm_head = self.backbone, self.lm_head
+        return model.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """Read a model in our format; arguments and result are those of ``transformers``.
+
+        For the published models of others see ``longstate.hf.load_pretrained``.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers puts new parameters in place of ours, without the marks that our optimisers read.
+        with torch.device("meta"):
+            marked = LanguageModel.from_config(model.config.options())
+        for name, parameter in marked.named_parameters():
+            vars(model.get_parameter(name)).update(vars(parameter))
+        return loaded
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks recompute their insides in the backward pass."""
+        return self.backbone.checkpoint_activations
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.backbone.checkpoint_activations = value
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        return self.backbone.embedding  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in place."""
+        self.backbone.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another head in place."""
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> Any:
+        """Change the number of tokens; arguments and result are those of ``transformers``."""
+        embedding = super().resize_token_embeddings(*arguments, **options)
+        if embedding.num_embeddings == self.config.vocab_size:
+            self.config.pad_vocab_size_multiple = 1
+        return embedding
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the parameters that a file lacked, and leave those that it had."""
+        lacking = [p for p in module.parameters() if not getattr(p, "_is_hf_initialized", False)]
+        if not lacking:
+            return
+        if isinstance(module, nn.Embedding | nn.Linear) and module in (self.backbone.embedding, self.lm_head):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Mixer) or (
+            hasattr(module, "reset_parameters") and module is not self.backbone and not isinstance(module, nn.Linear)
+        ):
+            found = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+            module.reset_parameters()  # type: ignore[operator]
+            for parameter, value in found:
+                parameter.copy_(value)
+
+    def generate(  # type: ignore[override]  # the other arguments pass through by name
+        self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any
+    ) -> Any:
+        """Write on from a batch of prompts; arguments and result are those of ``transformers``.
+
+        Args:
+            inputs: Token numbers; of prompts of unequal length, padded on the left.
+            generation_config: Options of generation; the model's own when absent.
+            options: Further options of generation, and arguments of ``forward``. A ``LongstateCache`` as
+                ``past_key_values`` holds afterwards what was read, and can be given again with a longer text.
+        """
+        chosen = generation_config or self.generation_config
+        use_cache = options.get("use_cache")
+        if (chosen.use_cache if use_cache is None else use_cache) is not False:
+            cache = options.get("past_key_values")
+            cache = options["past_key_values"] = LongstateCache() if cache is None else cache
+            looked_up = options.get("prompt_lookup_num_tokens", getattr(chosen, "prompt_lookup_num_tokens", None))
+            if options.get("assistant_model") is not None or looked_up or getattr(chosen, "is_assistant", False):
+                cache.activate_past_recording()
+        return super().generate(inputs, generation_config, **options)  # type: ignore[misc]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Shaped[Tensor, "b s"] | None = None,
+        position_ids: Shaped[Tensor, "..."] | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Float[Tensor, "b t d"] | None = None,
+        labels: Int[Tensor, "b t"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " n"] = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Any = None,
+        num_items_in_batch: Any = None,
+        shift_labels: Int[Tensor, "b t"] | None = None,
+    ) -> Any:
+        """Return the logits of the token after each step, the loss if there are labels, and the cache.
+
+        Args:
+            input_ids: Token numbers.
+            attention_mask: 0 at steps that do not count; of the new steps, or of all that were read and the new ones.
+            position_ids: Only what is 0 in it is looked at: there a new sequence begins, of several packed into a row.
+            past_key_values: A ``LongstateCache``: what was read before. It holds the new steps as well afterwards.
+            inputs_embeds: Already embedded inputs in place of ``input_ids``.
+            labels: Token numbers, −100 where there is none: the token that is *at* a step, not the one after it.
+            use_cache: Whether to return a cache; not in training, when absent.
+            logits_to_keep: Only the logits of that many last steps (0: all), or of the steps with these numbers.
+            output_hidden_states: Whether to return the residual stream before each layer, and what the head takes.
+            output_attentions: Not available.
+            return_dict: Whether to return an object with named entries rather than a tuple.
+            cache_position: Ignored: the cache knows.
+            num_items_in_batch: Divides the sum of losses, in place of the number of labels.
+            shift_labels: The token after each step, in place of ``labels``.
+
+        Raises:
+            ValueError: If arguments do not go together, or ask for attention maps, which there are none of.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("LongstateForCausalLM: wanted either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("LongstateForCausalLM: there are no attention maps. Leave output_attentions out.")
+        cache = self._cache(past_key_values)
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
+        steps = self._steps(inputs, attention_mask, position_ids, cache)
+        observed = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with self._observed(observed) as seen:
+            if use_cache or cache is not None:
+                cache = LongstateCache() if cache is None else cache
+                keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else steps.length
+                hidden = cache.read(self, steps, keep)
+            else:
+                hidden, _ = self.advance(_without_right_padding(steps), None)
+        hidden_states = (*(x[:, x.shape[1] - steps.length :] for x in seen), hidden) if observed else None
+        loss = None
+        if labels is not None or shift_labels is not None:
+            logits = self._logits(hidden).contiguous()
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+            )
+            logits = logits[:, _kept(logits_to_keep)]
+        else:
+            logits = self._logits(hidden[:, _kept(logits_to_keep)])
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+        )
+        wanted = return_dict if return_dict is not None else self.config.return_dict
+        return result if wanted else result.to_tuple()
+
+    def advance(self, steps: Steps, state: Any) -> tuple[Float[Tensor, "b t d"], Any]:
+        """Run the stack over steps, from a state to a state."""
+        timeline = None
+        if steps.valid is not None or steps.start is not None:
+            timeline = Timeline(start=steps.start, valid=steps.valid)
+        return self.backbone(steps.inputs, state, timeline)
+
+    def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Return the logits of the tokens that exist."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
+        if self.config.logits_divisor != 1:
+            logits = logits / self.config.logits_divisor
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @staticmethod
+    def _cache(given: Any) -> LongstateCache | None:
+        """Return the cache that was given; an empty one of another kind is as good as none."""
+        if given is None or isinstance(given, LongstateCache):
+            return given
+        if hasattr(given, "get_seq_length") and given.get_seq_length() == 0:
+            return LongstateCache()
+        raise ValueError(
+            f"LongstateForCausalLM: past_key_values of type {type(given).__name__} came. Give a LongstateCache or none."
+        )
+
+    @staticmethod
+    def _steps(inputs: Tensor, mask: Tensor | None, position: Tensor | None, cache: LongstateCache | None) -> Steps:
+        """Return inputs with what is known of them: None where all count, which is quicker and the same."""
+        batch, length = inputs.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        valid = start = None
+        if mask is not None:
+            if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
+                raise ValueError(
+                    f"LongstateForCausalLM: attention_mask of shape {list(mask.shape)} came with {batch} sequences of "
+                    f"{length} new steps after {past}; wanted [{batch}, {past + length}] or [{batch}, {length}]"
+                )
+            valid = mask[:, mask.shape[1] - length :] != 0
+            valid = None if bool(valid.all()) else valid
+        if position is not None and position.shape[-1] == length and position.ndim == 2:
+            start = (position == 0).expand(batch, length)
+            if valid is not None:
+                start = start & valid
+            if past == 0:
+                # The first step that counts begins a sequence in any case.
+                start = start & ((torch.ones_like(start) if valid is None else valid).cumsum(1) > 1)
+            start = start if bool(start.any()) else None
+        return Steps(inputs, valid, start)
+
+    @contextmanager
+    def _observed(self, wanted: bool | None) -> Iterator[list[Tensor]]:
+        """Collect the residual stream before each layer; over several calls of the stack, in one piece each."""
+        seen: dict[int, list[Tensor]] = {i: [] for i in range(len(self.backbone.layers))}
+        collected: list[Tensor] = []
+        handles = [
+            block.register_forward_pre_hook(lambda _, given, i=i: seen[i].append(given[0]))
+            for i, block in enumerate(self.backbone.layers if wanted else ())
+        ]
+        try:
+            yield collected
+        finally:
+            for handle in handles:
+                handle.remove()
+            collected.extend(torch.cat(parts, 1) for parts in seen.values() if parts)
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return (
+        slice(-logits_to_keep if logits_to_keep else None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    )
+
+
+def _without_right_padding(steps: Steps) -> Steps:
+    """Take steps that do not count for ones that do where they stand on the right: nothing before can see them."""
+    valid = steps.valid
+    if valid is None or not bool((valid[:, 1:] <= valid[:, :-1]).all()):
+        return steps
+    return steps._replace(valid=None)
+
+
+def load_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+) -> LongstateForCausalLM:
+    """Read a model of ours or a published one, as ``longstate.load_pretrained`` does, and return it wrapped.
+
+    Args:
+        source: A folder, or the name of a repository.
+        device: Where to; the CPU when absent.
+        dtype: The type of the parameters; that of the files when absent.
+        allow_pickle: Whether weights may be unpickled where there are no others.
+        revision: Which version of a repository.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is damaged, or not a model that can be computed here.
+    """
+    model = checkpoints.load_pretrained(
+        source, device=device, dtype=dtype, allow_pickle=allow_pickle, revision=revision
+    )
+    wrapped = LongstateForCausalLM.from_model(model.eval())
+    wrapped.config.name_or_path = os.fspath(source)
+    if Path(source, "generation_config.json").is_file():
+        wrapped.generation_config = GenerationConfig.from_pretrained(os.fspath(source))
+    return wrapped
