@@ -18,7 +18,7 @@ import torch
 from . import state as states
 from ._shapes import Bool, Float, Int, Tensor
 from .data.text import numbered_generator
-from .data.tokenizers import Bytes, TextStream, Tokenizer
+from .data.tokenizers import Bytes, TextStream, Tokenizer, fits_model
 from .models import LanguageModel
 from .timeline import Timeline
 
@@ -198,28 +198,36 @@ def _counting(valid: Bool[Tensor, "b t"]) -> Timeline | None:
 
 @torch.no_grad()
 def advance(
-    model: LanguageModel, memory: Memory, sampling: Sampling, active: Bool[Tensor, " b"] | None = None
+    model: LanguageModel,
+    memory: Memory,
+    sampling: Sampling,
+    active: Bool[Tensor, " b"] | None = None,
+    vocab_size: int | None = None,
 ) -> Memory:
-    """Draw one token for each active row; the others stay as they are."""
+    """Draw one token for each active row, of the first ``vocab_size`` if given; the others stay as they are."""
     if active is None:
         active = torch.ones_like(memory.token, dtype=torch.bool)
     logits, state = model(memory.token[:, None], memory.state, _counting(active[:, None]))
-    # The embedding may have more rows than there are tokens.
-    logits = logits[:, -1, : model.vocab_size]
-    token = torch.where(active, draw(logits, memory.seen, memory.drawn, sampling), memory.token)
+    # The embedding may have more rows than there are tokens, and the model's vocabulary more than the tokenizer's.
+    count = model.vocab_size if vocab_size is None else min(vocab_size, model.vocab_size)
+    token = draw(logits[:, -1, :count], memory.seen[:, :count], memory.drawn, sampling)
+    token = torch.where(active, token, memory.token)
     return Memory(state, token, memory.seen.scatter(1, token[:, None], True), memory.drawn + active)
 
 
 class _Writer:
-    """Turns the tokens of one row into text, and ends the row before a stop string."""
+    """Turns the tokens of one row into text, and ends the row before a stop string or token."""
 
-    def __init__(self, stream: TextStream, stop: Sequence[str]) -> None:
+    def __init__(self, stream: TextStream, stop: Sequence[str], stop_tokens: Sequence[int] = ()) -> None:
         self.done = False
-        self._stream, self._stop, self._held = stream, stop, ""
+        self._stream, self._stop, self._held, self._stop_tokens = stream, stop, "", frozenset(stop_tokens)
 
     def push(self, token: int, last: bool) -> str:
         if self.done:
             return ""
+        if token in self._stop_tokens:
+            self.done = True
+            return self._held + self._stream.finish()
         self._held += self._stream.push(token) + (self._stream.finish() if last else "")
         found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
         if found:
@@ -245,20 +253,23 @@ def generate(
     sampling: Sampling | None = None,
     max_tokens: int = 200,
     stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
     memory: Memory | None = None,
     chunk: int = 1024,
 ) -> Iterator[Step]:
     """Write on from a batch of prompts, step by step.
 
-    A row ends before a stop string; its memory then stays as it was when the stop string was complete.
+    A row ends before a stop string or token; its memory then stays as it was when that was complete.
 
     Args:
         model: The model, in eval mode if it has one.
-        prompts: Texts to read first; without them, generation goes on from the memory.
-        tokenizer: The model's tokenizer; bytes if none is given.
+        prompts: Texts to read first; without them, generation goes on from the memory. Where there is no memory, they
+            begin as the tokenizer has texts begin.
+        tokenizer: The model's tokenizer; bytes if none is given. Tokens that it does not know are never drawn.
         sampling: How tokens are drawn; from the model's own probabilities if not given.
         max_tokens: The most tokens to draw for each row.
         stop: Texts that end a row.
+        stop_tokens: Tokens that end a row.
         memory: What was read before (of all rows, or of one for all).
         chunk: Tokens read at a time.
 
@@ -269,7 +280,7 @@ def generate(
         ValueError: If the tokenizer is not the model's, a stop string is empty, or there is nothing to go on from.
     """
     tokenizer, sampling = tokenizer or Bytes(), sampling or Sampling()
-    if tokenizer.vocab_size != model.vocab_size:
+    if not fits_model(tokenizer, model.vocab_size):
         raise ValueError(
             f"generate: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model of {model.vocab_size}. "
             f"Give the tokenizer that the model was trained with."
@@ -277,20 +288,31 @@ def generate(
     if not all(stop):
         raise ValueError("generate: a stop string is empty, which would end every text at once. Leave it out.")
     if prompts is not None:
-        memory = read(model, [tokenizer.encode(text) for text in prompts], memory, chunk)
+        memory = read(model, prompt_tokens(tokenizer, prompts, begin=memory is None), memory, chunk)
     if memory is None:
         raise ValueError("generate: neither prompts nor a memory came. Give at least one of them.")
-    return _steps(model, memory, sampling, max_tokens, [_Writer(tokenizer.stream(), stop) for _ in memory.token])
+    writers = [_Writer(tokenizer.stream(), stop, stop_tokens) for _ in memory.token]
+    return _steps(model, memory, sampling, max_tokens, tokenizer.vocab_size, writers)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], begin: bool = True) -> list[list[int]]:
+    """Return the tokens of prompts, each as the beginning of a sequence if wanted."""
+    return [[*(tokenizer.beginning if begin else ()), *tokenizer.encode(text).tolist()] for text in prompts]
 
 
 def _steps(
-    model: LanguageModel, memory: Memory, sampling: Sampling, max_tokens: int, writers: Sequence[_Writer]
+    model: LanguageModel,
+    memory: Memory,
+    sampling: Sampling,
+    max_tokens: int,
+    vocab_size: int,
+    writers: Sequence[_Writer],
 ) -> Iterator[Step]:
     for count in range(1, max_tokens + 1):
         active = torch.tensor([not writer.done for writer in writers], device=memory.token.device)
         if not active.any():
             return
-        memory = advance(model, memory, sampling, active)
+        memory = advance(model, memory, sampling, active, vocab_size)
         text = [w.push(token, count == max_tokens) for w, token in zip(writers, memory.token.tolist(), strict=True)]
         yield Step(text, memory)
 

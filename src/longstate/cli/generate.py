@@ -9,15 +9,18 @@ import typer
 
 from ..checkpoints import load
 from ..data.text import read_documents
-from ..data.tokenizers import tokenizer_of
-from ..generate import Sampling, generate, load_memory, read, save_memory
+from ..data.tokenizers import stop_tokens, tokenizer_of
+from ..generate import Sampling, generate, load_memory, prompt_tokens, read, save_memory
 
 
 def command(
-    folder: Annotated[str, typer.Argument(help="Folder of a model or of a training run.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a model, published ones too, or of a training run.")],
     prompt: Annotated[str | None, typer.Option(help="Text to write on from.")] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with one prompt a line, answered together.")] = None,
     document: Annotated[str | None, typer.Option(help="Text file to read before the prompts.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts as a user's message, and print the answers alone.")
+    ] = False,
     state_in: Annotated[str | None, typer.Option(help="Begin with what was read into this file.")] = None,
     state_out: Annotated[str | None, typer.Option(help="Keep what was read and written in this file.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="The most tokens to write; 0 only reads.")] = 200,
@@ -43,6 +46,8 @@ def command(
     prompts = read_documents([prompts_file])[0].splitlines() if prompts_file is not None else [prompt or ""]
     if prompts_file is not None and not all(prompts):
         raise ValueError(f"{prompts_file}: line {prompts.index('') + 1} is empty. Give one prompt a line.")
+    if chat and (state_in is not None or document is not None):
+        raise ValueError("--chat begins a conversation: it cannot follow --state-in or --document. Leave them out.")
     text = read_documents([document])[0] if document is not None else None
     if state_out is not None and not Path(state_out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--state-out {state_out}: there is no such folder. Make it first.")
@@ -51,16 +56,25 @@ def command(
     tokenizer = tokenizer_of(folder, model.vocab_size)
     memory = load_memory(model, state_in) if state_in is not None else None
     if text is not None:
-        memory = read(model, [tokenizer.encode(text)] * (1 if memory is None else len(memory.token)), memory)
+        documents = [text] * (1 if memory is None else len(memory.token))
+        memory = read(model, prompt_tokens(tokenizer, documents, begin=memory is None), memory)
     if memory is not None and len(prompts) == 1:
         prompts *= len(memory.token)
-    memory = read(model, [tokenizer.encode(text) for text in prompts], memory)
+    asked = [_as_message(folder, text) for text in prompts] if chat else prompts
+    # A chat template writes itself what a sequence begins with.
+    memory = read(model, prompt_tokens(tokenizer, asked, begin=memory is None and not chat), memory)
     steps = generate(
-        model, tokenizer=tokenizer, sampling=sampling, max_tokens=max_tokens, stop=stop or (), memory=memory
+        model,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=stop or (),
+        stop_tokens=stop_tokens(folder),
+        memory=memory,
     )
-    written = list(prompts)
+    written = [""] * len(prompts) if chat else list(prompts)
     streams = len(prompts) == 1
-    typer.echo(prompts[0] if streams else "", nl=False)
+    typer.echo(written[0] if streams else "", nl=False)
     for step in steps:
         memory = step.memory
         written = [before + piece for before, piece in zip(written, step.text, strict=True)]
@@ -68,3 +82,10 @@ def command(
     typer.echo("" if streams else "\n\n".join(f"[{i}] {text}" for i, text in enumerate(written, 1)))
     if state_out is not None:
         save_memory(memory, model, state_out)
+
+
+def _as_message(folder: str, text: str) -> str:
+    """Return what the model's chat template makes of a user's message."""
+    from ..hf import render_chat  # here, because transformers takes seconds to import
+
+    return render_chat(folder, [{"role": "user", "content": text}])

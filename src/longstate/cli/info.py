@@ -12,7 +12,7 @@ from ._table import table
 
 
 def command(
-    folder: Annotated[str, typer.Argument(help="Folder of a model or of a training run.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a model, published ones too, or of a training run.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens read before the one that is looked at.")] = 1024,
 ) -> None:
     """Say how large a model and its state are, and what one more token costs."""

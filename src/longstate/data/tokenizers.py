@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from .._files import replacing
 
 FILE_NAME = "tokenizer.json"
+# Beside it in published folders: what to add to a text, and which tokens end one.
+CONFIG_NAME = "tokenizer_config.json"
 # A character that is still missing bytes decodes to this.
 _INCOMPLETE = "\ufffd"
 # The longest character of UTF-8 has four bytes, so that no more tokens than this can wait for the rest of one.
@@ -34,9 +37,15 @@ class TextStream(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the programs ask of a tokenizer."""
+    """What the programs ask of a tokenizer.
+
+    Attributes:
+        vocab_size: One more than the largest token.
+        beginning: The tokens with which a sequence begins, before its text; often none.
+    """
 
     vocab_size: int
+    beginning: tuple[int, ...]
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, with nothing added at either end."""
@@ -59,6 +68,7 @@ class Bytes:
     """Text as its UTF-8 bytes: 256 tokens, no file."""
 
     vocab_size = 256
+    beginning: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         """Return the bytes of a text."""
@@ -91,12 +101,15 @@ class _ByteStream:
 class TokenizerFile:
     """A ``tokenizer.json``, read by the ``tokenizers`` package.
 
+    A sequence begins with special tokens if a ``tokenizer_config.json`` stands beside the file, by the conventions of
+    Hugging Face: its ``add_bos_token`` decides, or what the ``tokenizer.json`` says of whole texts.
+
     Args:
         path: The file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a tokenizer.
+        ValueError: If it is not a tokenizer, or what stands beside it is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -111,7 +124,26 @@ class TokenizerFile:
             self._tokenizer = _Tokenizer.from_buffer(self._json)
         except Exception as error:  # the package raises bare Exceptions (from Rust)
             raise ValueError(f"{path}: not a tokenizer.json that the tokenizers package reads ({error})") from error
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # Not their number: there may be numbers that no token has.
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.beginning: tuple[int, ...] = self._beginning(read_json(Path(path).parent / CONFIG_NAME))
+
+    def _beginning(self, config: dict[str, Any]) -> tuple[int, ...]:
+        if not config:
+            return ()
+        if config.get("add_bos_token") is not None:
+            first = token_text(config.get("bos_token"))
+            number = self._tokenizer.token_to_id(first) if config["add_bos_token"] and first else None
+            return () if number is None else (number,)
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        before = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+        return tuple(whole[: next(before, 0)])
+
+    def number(self, token: str) -> int | None:
+        """Return the number of a token, given as it stands in the vocabulary."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text."""
@@ -165,15 +197,71 @@ def load_tokenizer(name: str) -> Tokenizer:
 def tokenizer_of(folder: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     """Return the tokenizer beside a model: its ``tokenizer.json``, or bytes where there is none.
 
+    A ``tokenizer.json`` may know fewer tokens than the model: those of published models are often filled up.
+
     Raises:
-        ValueError: If its vocabulary is not the model's.
+        ValueError: If it is not the model's.
     """
     path = Path(folder, FILE_NAME)
     tokenizer: Tokenizer = TokenizerFile(path) if path.exists() else Bytes()
-    if tokenizer.vocab_size != vocab_size:
+    if not fits_model(tokenizer, vocab_size):
         which = f"{path} has" if path.exists() else f"there is no {path}, and bytes have"
         raise ValueError(
             f"{folder}: the model has a vocabulary of {vocab_size}, but {which} {tokenizer.vocab_size}. "
             f"Put the {FILE_NAME} that the model was trained with into the folder."
         )
     return tokenizer
+
+
+def fits_model(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Return whether a tokenizer may be that of a model with so large a vocabulary."""
+    if isinstance(tokenizer, Bytes):
+        return tokenizer.vocab_size == vocab_size
+    return tokenizer.vocab_size <= vocab_size
+
+
+def stop_tokens(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return the tokens that end a text of a published model, by the files beside it; often one, or none.
+
+    The first of these says it: ``eos_token_id`` of ``generation_config.json``, that of ``config.json``, and
+    ``eos_token`` of ``tokenizer_config.json``.
+
+    Raises:
+        ValueError: If one of these files is damaged, or names tokens that are no numbers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(Path(folder, name)).get("eos_token_id")
+        if value is None:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+            raise ValueError(f"{Path(folder, name)}: eos_token_id is {value!r:.100}, wanted a token number or a list")
+        return tuple(numbers)
+    text = token_text(read_json(Path(folder, CONFIG_NAME)).get("eos_token"))
+    if text is None or not Path(folder, FILE_NAME).is_file():
+        return ()
+    number = TokenizerFile(Path(folder, FILE_NAME)).number(text)
+    return () if number is None else (number,)
+
+
+def token_text(token: Any) -> str | None:
+    """Return the text of a special token, which configurations write as a string or a mapping."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file beside a model says; nothing if there is no such file.
+
+    Raises:
+        ValueError: If it is not a readable mapping.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); it may be cut short") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wanted a mapping of names to values, but a {type(content).__name__} stands there")
+    return content
