@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,7 @@ PROMPTS = ["def f(", "a", "class Longer than the others:"]
 HYBRID = [
     {"mixer": "mamba2", "d_state": 8, "head_dim": 8},
     {"mixer": "attention", "n_heads": 2, "window": 4},
+    {"mixer": None, "mlp": {"hidden": 16}},
     {"mixer": "s5", "d_state": 8},
 ]
 
@@ -210,6 +212,60 @@ def test_entries_of_the_logits_that_are_no_tokens_are_never_drawn() -> None:
     assert tokens == {0, 1, 2}
 
 
+class Words:
+    """A tokenizer that knows fewer tokens than the model, begins a text with 9 and calls tokens by their number."""
+
+    vocab_size = 10
+    beginning = (9,)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(x) for x in text], dtype=np.int64)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join(map(str, tokens))
+
+    def stream(self) -> Words:
+        return self
+
+    def push(self, token: int) -> str:
+        return str(token)
+
+    def finish(self) -> str:
+        return "."
+
+    def save(self, folder: object) -> None:
+        raise NotImplementedError
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_never_drawn(model: LanguageModel) -> None:
+    steps = list(generate(model, ["12", "3"], tokenizer=Words(), sampling=Sampling(temperature=9.0), max_tokens=60))
+    drawn = torch.stack([step.memory.token for step in steps])
+    assert drawn.max() == 9
+    assert set(drawn.flatten().tolist()) == set(range(10))
+
+
+def test_a_prompt_begins_as_the_tokenizer_says_and_what_follows_a_memory_does_not(model: LanguageModel) -> None:
+    greedy = Sampling(temperature=0)
+    at_once = written(model, ["123"], greedy, tokenizer=Words(), max_tokens=12)
+    memory = read(model, [[9, 1]])
+    assert written(model, ["23"], greedy, tokenizer=Words(), max_tokens=12, memory=memory) == at_once
+    # Texts that begin with 9 and may be empty.
+    assert written(model, [""], greedy, tokenizer=Words(), max_tokens=12) == written(
+        model, None, greedy, tokenizer=Words(), max_tokens=12, memory=read(model, [[9]])
+    )
+
+
+def test_a_row_ends_before_a_stop_token_and_shows_what_was_held_back(model: LanguageModel) -> None:
+    whole = [step.memory.token for step in generate(model, ["1", "2"], tokenizer=Words(), max_tokens=30)]
+    end = int(whole[7][0])
+    first = [int(token[0]) for token in whole].index(end)
+    steps = list(generate(model, ["1", "2"], tokenizer=Words(), max_tokens=30, stop_tokens=[end, 11]))
+    text = "".join(step.text[0] for step in steps)
+    assert text == "".join(str(int(token[0])) for token in whole[:first]) + "."
+    assert int(steps[-1].memory.drawn[0]) == first + 1
+    assert int(steps[-1].memory.token[0]) == end
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -235,6 +291,8 @@ def test_generation_refuses_what_makes_no_sense(model: LanguageModel) -> None:
         next(generate(model, ["a"], stop=[""]))
     with pytest.raises(ValueError, match="vocabulary of 256, the model of 300"):
         next(generate(LanguageModel(300, 8, []), ["a"]))
+    with pytest.raises(ValueError, match="vocabulary of 10, the model of 9"):
+        next(generate(LanguageModel(9, 8, []), ["1"], tokenizer=Words()))
     with pytest.raises(ValueError, match="3 prompts came for 2 sequences"):
         read(model, [[1], [1], [1]], read(model, [[1], [2]]))
     with pytest.raises(ValueError, match="there is no prompt"):

@@ -13,7 +13,12 @@ from safetensors.torch import save_file
 
 from longstate import S4D, Attention, LanguageModel, Mamba, state
 
-LAYERS = [{"mixer": "s5", "d_state": 4}, {"mixer": "mamba", "d_state": 2}, {"mixer": "attention", "n_heads": 2}]
+LAYERS = [
+    {"mixer": "s5", "d_state": 4},
+    {"mixer": None, "mlp": {"hidden": 4}},
+    {"mixer": "mamba", "d_state": 2},
+    {"mixer": "attention", "n_heads": 2},
+]
 
 
 def model(layers: Any = LAYERS, d_model: int = 8) -> LanguageModel:

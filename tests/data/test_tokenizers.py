@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from longstate.data.tokenizers import Bytes, Tokenizer, TokenizerFile, load_tokenizer, tokenizer_of
+from longstate.data.tokenizers import Bytes, Tokenizer, TokenizerFile, load_tokenizer, stop_tokens, tokenizer_of
 
 TEXT = "Grüße an 世界 🎉 – the end\n"
 
@@ -90,6 +92,94 @@ def test_without_a_file_the_model_must_read_bytes(tmp_path: Path) -> None:
     assert isinstance(tokenizer_of(tmp_path, 256), Bytes)
     with pytest.raises(ValueError, match=r"vocabulary of 280, but there is no .*tokenizer.json"):
         tokenizer_of(tmp_path, 280)
+
+
+def test_a_tokenizer_may_know_fewer_tokens_than_the_model(path: Path) -> None:
+    count = TokenizerFile(path).vocab_size
+    assert tokenizer_of(path.parent, count + 24).vocab_size == count
+    with pytest.raises(ValueError, match=f"vocabulary of {count - 1}, but .*tokenizer.json has {count}"):
+        tokenizer_of(path.parent, count - 1)
+
+
+@pytest.fixture
+def published(path: Path, tmp_path: Path) -> Path:
+    """A folder with a tokenizer that has special tokens, and puts them around whole texts."""
+    from tokenizers import AddedToken, processors
+    from tokenizers import Tokenizer as Whole
+
+    made = Whole.from_file(str(path))
+    made.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>")])
+    ends = [(text, made.token_to_id(text)) for text in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "begins"),
+    [
+        (None, False),
+        ({"bos_token": "<s>"}, True),
+        ({"bos_token": "<s>", "add_bos_token": True}, True),
+        ({"bos_token": {"content": "<s>"}, "add_bos_token": True}, True),
+        ({"bos_token": "<s>", "add_bos_token": False}, False),
+        ({"bos_token": "<none>", "add_bos_token": True}, False),
+        ({"bos_token": None, "add_bos_token": True}, False),
+    ],
+)
+def test_how_a_text_begins(published: Path, config: dict[str, Any] | None, begins: bool) -> None:
+    if config is not None:
+        (published / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = TokenizerFile(published / "tokenizer.json")
+    assert tokenizer.beginning == ((tokenizer.number("<s>"),) if begins else ())
+    assert tokenizer.decode(tokenizer.encode(TEXT).tolist()) == TEXT, "nothing is added to what is encoded"
+
+
+def test_a_text_begins_as_transformers_has_it(published: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (published / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(published)
+    ours = TokenizerFile(published / "tokenizer.json")
+    whole = [*ours.beginning, *ours.encode(TEXT).tolist()]
+    assert theirs(TEXT).input_ids == [*whole, ours.number("</s>")], "and what would end it is left out of a prompt"
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, ()),
+        ({"config.json": {"vocab_size": 3}}, ()),
+        ({"config.json": {"eos_token_id": 7}}, (7,)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [8, 9]}}, (8, 9)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": None}}, (7,)),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}}, "</s>"),
+        ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, "</s>"),
+        ({"tokenizer_config.json": {"eos_token": "<none>"}}, ()),
+    ],
+)
+def test_which_tokens_end_a_text(published: Path, files: dict[str, Any], wanted: tuple[int, ...] | str) -> None:
+    for name, content in files.items():
+        (published / name).write_text(json.dumps(content))
+    if isinstance(wanted, str):
+        wanted = (TokenizerFile(published / "tokenizer.json").number(wanted),)
+    assert stop_tokens(published) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"eos_token_id": "a"}', "config.json: eos_token_id is 'a', wanted a token number"),
+        ("generation_config.json", '{"eos_token_id": [true]}', "wanted a token number or a list"),
+        ("generation_config.json", "[]", "generation_config.json: wanted a mapping"),
+        ("tokenizer_config.json", '{"eos', "tokenizer_config.json: not readable as JSON"),
+    ],
+)
+def test_damaged_files_beside_a_tokenizer_are_said(published: Path, name: str, content: str, message: str) -> None:
+    (published / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        stop_tokens(published)
 
 
 def test_what_is_no_tokenizer_is_said(tmp_path: Path) -> None:
