@@ -91,7 +91,8 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         # Not yet drawn: on the way to reset_parameters nothing of that size needs to exist twice.
-        embedding = nn.utils.skip_init(nn.Embedding, rows, d_model)
+        device = torch.get_default_device()  # skip_init would take the CPU, also where the rest is on the meta device
+        embedding = nn.utils.skip_init(nn.Embedding, rows, d_model, device=device)
         self.backbone = Stack(
             d_model,
             layers,
@@ -104,7 +105,7 @@ class LanguageModel(nn.Module):
             embedding_multiplier,
             residual_multiplier,
         )
-        self.lm_head = nn.utils.skip_init(nn.Linear, d_model, rows, bias=False)
+        self.lm_head = nn.utils.skip_init(nn.Linear, d_model, rows, bias=False, device=device)
         self._tie()
         self._draw_embeddings()
 
