@@ -59,7 +59,11 @@ class LongstateConfig(PreTrainedConfig):
 
     def __eq__(self, other: object) -> bool:
         # transformers makes every configuration a dataclass, and compares only what is declared as a field.
-        return isinstance(other, LongstateConfig) and self.to_dict() == other.to_dict()
+        return isinstance(other, LongstateConfig) and self._content() == other._content()
+
+    def _content(self) -> dict[str, Any]:
+        where_from = ("transformers_version", "_name_or_path", "architectures")
+        return {name: value for name, value in self.to_dict().items() if name not in where_from}
 
     @property
     def num_hidden_layers(self) -> int:

@@ -210,6 +210,7 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or shift_labels is not None:
             logits = self._logits(hidden).contiguous()
+            shift_labels = None if shift_labels is None else shift_labels.contiguous()
             loss = self.loss_function(
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
             )
@@ -328,7 +329,7 @@ def load_pretrained(
         source, device=device, dtype=dtype, allow_pickle=allow_pickle, revision=revision
     )
     wrapped = LongstateForCausalLM.from_model(model.eval())
-    wrapped.config.name_or_path = os.fspath(source)
+    wrapped.name_or_path = wrapped.config.name_or_path = os.fspath(source)
     if Path(source, "generation_config.json").is_file():
         wrapped.generation_config = GenerationConfig.from_pretrained(os.fspath(source))
     return wrapped
