@@ -28,6 +28,7 @@ NAMES = {
     "__version__",
     "generate",
     "load",
+    "load_pretrained",
     "ops",
     "save",
     "state",

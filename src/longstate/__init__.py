@@ -4,6 +4,7 @@ from . import ops as ops
 from . import state as state
 from . import systems as systems
 from .checkpoints import load as load
+from .checkpoints import load_pretrained as load_pretrained
 from .checkpoints import save as save
 from .generate import generate as generate
 from .mixers import RGLRU as RGLRU

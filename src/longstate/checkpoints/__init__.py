@@ -1,4 +1,5 @@
 """Models in files."""
 
 from .native import load as load
-from .native import save as save
+from .published import load_pretrained as load_pretrained
+from .published import save as save

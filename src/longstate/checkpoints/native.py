@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from .._files import replacing
 from ..models import LanguageModel
+from ._fill import HEAD, fill
+from ._rows import rows
+from ._tensors import Reader, open_tensors, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = {"format": "longstate", "version": 1, "model": "language"}
+# By these, transformers finds the classes of longstate.hf.
+FACE = {"model_type": "longstate", "architectures": ["LongstateForCausalLM"]}
+# What transformers adds when it writes such a folder; nothing of it changes what is computed.
+ADDED = {
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 LARGEST_CONFIG = 4 * 2**20  # bytes; a thousand layers with every option spelt out take a tenth of it
+ROWS = rows({"*": "*"})
 
 
 def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
@@ -28,18 +50,19 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         model: The model.
         folder: Where to; made if it does not exist.
     """
-    folder = Path(folder)
+    tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+    if model.config["tie_embeddings"]:
+        tensors.pop(HEAD)  # one copy, under the embedding's name
+    write(Path(folder), tensors, {**FORMAT, **FACE, **model.config})
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Write tensors and a configuration into a folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, seen = {}, set()
-    for name, parameter in model.state_dict().items():
-        if parameter.data_ptr() in seen and name == "lm_head.weight":
-            continue  # tied: one copy, under the embedding's name
-        seen.add(parameter.data_ptr())
-        tensors[name] = parameter.contiguous()
     with replacing(folder / WEIGHTS) as part:
         save_file(tensors, part, metadata={"format": "pt"})
     with replacing(folder / CONFIG) as part:
-        part.write_text(json.dumps({**FORMAT, **model.config}, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -59,81 +82,46 @@ def load(
         ValueError: If a file is damaged, or the two do not go together.
     """
     folder = Path(folder)
-    for path in (folder, folder / CONFIG, folder / WEIGHTS):
+    for path in (folder, folder / CONFIG):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path}: no such {'folder' if path == folder else 'file'}. A model folder has {CONFIG} and {WEIGHTS}."
             )
-    config = _read_config(folder / CONFIG)
-    tensors = _header(folder / WEIGHTS)
-    layers = config.get("layers")
-    if isinstance(layers, list) and len(layers) > len(tensors):  # each has one at least; building them takes memory
-        raise ValueError(f"{folder / CONFIG}: {len(layers)} layers, but {WEIGHTS} has only {len(tensors)} tensors")
-    with torch.device("meta"):
-        model = _named_errors(folder / CONFIG, config)
-    _check(folder / WEIGHTS, tensors, model)
-    with safe_open(folder / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
-        for name in file.keys():
-            _assign(model, name, file.get_tensor(name), dtype)
-    model._tie()
+    config = _ours(folder / CONFIG)
+    reader = open_tensors(folder)
+    model = build(folder / CONFIG, config, reader)
+    fill(model, reader, ROWS, (), device, dtype)
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file")
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, more than a configuration has ({LARGEST_CONFIG})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
-        raise ValueError(f"{path}: not readable as JSON ({error}); it may be cut short") from error
-    if not isinstance(config, dict) or any(config.get(key) != value for key, value in FORMAT.items()):
-        wanted = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in FORMAT.items())
-        raise ValueError(f"{path}: not a Longstate configuration of this version; wanted {wanted}")
-    return {key: value for key, value in config.items() if key not in FORMAT}
+def is_ours(config: dict[str, Any]) -> bool:
+    """Say whether a configuration is of our own format."""
+    return config.get("format") == FORMAT["format"] or config.get("model_type") == FACE["model_type"]
 
 
-def _named_errors(path: Path, config: dict[str, Any]) -> LanguageModel:
+def build(path: Path, config: dict[str, Any], reader: Reader) -> LanguageModel:
+    """Build a model on the meta device from a configuration, not larger than the weights could be.
+
+    Raises:
+        ValueError: If the configuration makes no sense.
+    """
+    layers = config.get("layers")
+    if isinstance(layers, list) and len(layers) > len(reader.entries):  # each has one; building them takes memory
+        raise ValueError(
+            f"{path}: {len(layers)} layers, but {reader.where.name} has only {len(reader.entries)} tensors"
+        )
     try:
-        return LanguageModel.from_config(config)
+        with torch.device("meta"):
+            return LanguageModel.from_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Return shape and type of each tensor in a file; opening it compares its size with its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (list(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be cut short") from error
-
-
-def _check(path: Path, tensors: dict[str, tuple[list[int], str]], model: nn.Module) -> None:
-    """Compare names and shapes in the file's header with those of the model."""
-    wanted = {name: list(x.shape) for name, x in model.state_dict().items()}
-    if isinstance(model, LanguageModel) and model.config["tie_embeddings"]:
-        wanted.pop("lm_head.weight")
-    found = {name: shape for name, (shape, _) in tensors.items()}
-    kinds = {name: kind for name, (_, kind) in tensors.items()}
-    for title, names in (("missing", set(wanted) - set(found)), ("not part of the model", set(found) - set(wanted))):
-        if names:
-            few = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise ValueError(f"{path}: {len(names)} tensors {title}: {few}. The configuration is of another model.")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {found[name]}, but the configuration wants {shape}")
-        if not re.fullmatch(r"B?F\d+", kinds[name]):
-            raise ValueError(f"{path}: {name} holds numbers of type {kinds[name]}, wanted a floating-point type")
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
-    """Put a tensor in a parameter's place, with the parameter's marks."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, leaf)
-    new = nn.Parameter(tensor if dtype is None else tensor.to(dtype))
-    new.__dict__.update(old.__dict__)
-    setattr(module, leaf, new)
+def _ours(path: Path) -> dict[str, Any]:
+    """Return the arguments of the model, without what else stands in the file."""
+    config = read_json(path, LARGEST_CONFIG)
+    if any(config.get(key) != value for key, value in FORMAT.items()):
+        wanted = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in FORMAT.items())
+        raise ValueError(f"{path}: not a Longstate configuration of this version; wanted {wanted}")
+    beside = {*FORMAT, *FACE, *(ADDED if "transformers_version" in config else ())}
+    return {key: value for key, value in config.items() if key not in beside}
