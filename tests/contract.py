@@ -132,6 +132,8 @@ CUTS = (0, 1, 1, 34, 35, LENGTH)  # one of the pieces is empty
 # in_proj, convolution, x_proj, dt_proj, scan, SiLU(z), their product, out_proj; attention: projection, two products and
 # a sum of the rotation, scores, weights, values, o_proj; the others less). To first order each face is within 8u of the
 # exact result, where no stage enlarges the error against its largest entry; so two faces are within 16u of each other.
+# Inner norms, and a convolution before attention, add up to three more; roundings seldom all point one way, and these
+# rows keep to the same bound.
 ROUNDINGS = 8
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2 * ROUNDINGS * 2.0**-8}
 

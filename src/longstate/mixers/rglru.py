@@ -125,9 +125,10 @@ class RGLRU(Mixer):
 
 
 def _first_steps(steps: Tensor, begun: Tensor | None, timeline: Timeline) -> tuple[Tensor, Tensor]:
-    """Return which steps ``[b t]`` are the first of their sequences to count, and whether the last has had one.
+    """Return before which steps ``[b t]`` none of their sequence has counted, and whether one of the last has.
 
-    A step is first if it counts and as many have counted before it as before its sequence's start.
+    That is where as many steps of the row have counted as before the sequence's start. Of these, the one that counts is
+    the first; what stands at the others means nothing.
     """
     _, start, valid = timeline
     counts = torch.ones_like(steps, dtype=torch.long) if valid is None else valid.long()
@@ -136,5 +137,4 @@ def _first_steps(steps: Tensor, begun: Tensor | None, timeline: Timeline) -> tup
     origin = counts.new_zeros(counts.shape[0], 1) if begun is None else -begun.long()[:, None]
     here = torch.full_like(counts, -1) if start is None else torch.where(start, total - counts, -1)
     origin = torch.cat([origin, here], 1).cummax(1).values
-    first = (counts > 0) & (total - counts == origin[:, 1:])
-    return first, counts.sum(1) > origin[:, -1]
+    return total - counts == origin[:, 1:], counts.sum(1) > origin[:, -1]
