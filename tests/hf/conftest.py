@@ -36,13 +36,14 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def make() -> Make:
     """Return a function that builds a model, in eval mode."""
-
     # Not above: this file is read before the package is wrapped in its run-time checks.
     from longstate.hf import LongstateConfig, LongstateForCausalLM
 
     def build(layers: Sequence[Any] = KINDS, seed: int = 0, **options: Any) -> LongstateForCausalLM:
         torch.manual_seed(seed)
-        given = {"vocab_size": VOCABULARY, "d_model": 16, "pad_vocab_size_multiple": 8, **options}
+        # Not tied, so that a token is not itself the likeliest to follow.
+        given = {"vocab_size": VOCABULARY, "d_model": 16, "pad_vocab_size_multiple": 8, "tie_embeddings": False}
+        given |= options
         model = LongstateForCausalLM(LongstateConfig(layers=layers, **given)).eval()
         with torch.no_grad():
             model.lm_head.weight *= 40

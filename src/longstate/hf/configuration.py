@@ -35,7 +35,13 @@ class LongstateConfig(PreTrainedConfig):
 
     model_type = "longstate"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  the name and kind that transformers reads
-    attribute_map = {"hidden_size": "d_model", "tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "tie_word_embeddings": "tie_embeddings",
+        # By these names trainers that apply the head themselves look for what comes after it.
+        "logits_scaling": "logits_divisor",
+        "final_logit_softcapping": "logits_soft_cap",
+    }
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from .configuration import LongstateConfig
 
-# Every projection of every mixer and channel mixer, by the last part of its name.
+# Every linear layer of every mixer and channel mixer but routers, by the last part of its name.
 LORA_TARGETS = (
     "in_proj",
     "x_proj",
@@ -22,15 +22,19 @@ LORA_TARGETS = (
     "linear_x",
     "linear_y",
     "linear_out",
+    "linear",
     "fc1",
     "fc2",
+    "latent_in",
+    "latent_out",
 )
 
 
 def lora_targets(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of ``peft.LoraConfig`` that say what to adapt, such that no layer is left out.
 
-    Projections get low-rank adapters. Mixers without projections (S4D, S5) have few parameters, and are trained whole.
+    Linear layers get low-rank adapters. A mixer without any (S4D and S5 that end in no gate) has few parameters, and is
+    trained whole.
 
     Args:
         model: A ``LongstateForCausalLM`` or a ``LanguageModel``.
@@ -42,7 +46,8 @@ def lora_targets(model: nn.Module) -> dict[str, Any]:
         if not mixer and block.mixer is not None:
             whole.append(f"layers.{name}.mixer")
     return {
-        "target_modules": [leaf for leaf in LORA_TARGETS if leaf in found],
+        # PEFT wants at least one.
+        "target_modules": [leaf for leaf in LORA_TARGETS if leaf in found] or ["lm_head"],
         "modules_to_save": whole or None,
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .. import checkpoints
 from .._shapes import Float, Int, Shaped, Tensor
@@ -79,6 +79,15 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameter in marked.named_parameters():
             vars(model.get_parameter(name)).update(vars(parameter))
         return loaded
+
+    @property
+    def base_model(self) -> nn.Module:
+        """What stands before the head, called as a ``transformers`` model."""
+        return _Headless(self)
+
+    def get_decoder(self) -> nn.Module:
+        """Return what stands before the head, called as a ``transformers`` model."""
+        return self.base_model
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -189,6 +198,46 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If arguments do not go together, or ask for attention maps, which there are none of.
         """
+        read = self.read(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            logits_to_keep,
+            output_hidden_states,
+            output_attentions,
+        )
+        hidden, loss = read.last_hidden_state, None
+        if labels is not None or shift_labels is not None:
+            logits = self._logits(hidden).contiguous()
+            shift_labels = None if shift_labels is None else shift_labels.contiguous()
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+            )
+            logits = logits[:, _kept(logits_to_keep)]
+        else:
+            logits = self._logits(hidden[:, _kept(logits_to_keep)])
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=read.past_key_values, hidden_states=read.hidden_states
+        )
+        wanted = return_dict if return_dict is not None else self.config.return_dict
+        return result if wanted else result.to_tuple()
+
+    def read(
+        self,
+        input_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Shaped[Tensor, "b s"] | None = None,
+        position_ids: Shaped[Tensor, "..."] | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Float[Tensor, "b t d"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " n"] = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Return what the head takes, and the cache; arguments as in ``forward``."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LongstateForCausalLM: wanted either input_ids or inputs_embeds")
@@ -206,22 +255,11 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden = cache.read(self, steps, keep)
             else:
                 hidden, _ = self.advance(_without_right_padding(steps), None)
-        hidden_states = (*(x[:, x.shape[1] - steps.length :] for x in seen), hidden) if observed else None
-        loss = None
-        if labels is not None or shift_labels is not None:
-            logits = self._logits(hidden).contiguous()
-            shift_labels = None if shift_labels is None else shift_labels.contiguous()
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
-            )
-            logits = logits[:, _kept(logits_to_keep)]
-        else:
-            logits = self._logits(hidden[:, _kept(logits_to_keep)])
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*(x[:, x.shape[1] - steps.length :] for x in seen), hidden) if observed else None,
         )
-        wanted = return_dict if return_dict is not None else self.config.return_dict
-        return result if wanted else result.to_tuple()
 
     def advance(self, steps: Steps, state: Any) -> tuple[Float[Tensor, "b t d"], Any]:
         """Run the stack over steps, from a state to a state."""
@@ -288,6 +326,21 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
             for handle in handles:
                 handle.remove()
             collected.extend(torch.cat(parts, 1) for parts in seen.values() if parts)
+
+
+class _Headless(nn.Module):
+    """A model without its head, for trainers that apply it themselves. It owns no parameters."""
+
+    _tp_plan = _pp_plan = None  # as transformers asks of what a model is built on
+
+    def __init__(self, model: LongstateForCausalLM) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that it is no part of this module
+
+    def forward(
+        self, *arguments: Any, return_dict: bool | None = None, cache_position: Any = None, **options: Any
+    ) -> BaseModelOutputWithPast:
+        return self._model[0].read(*arguments, **options)
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
