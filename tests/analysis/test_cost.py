@@ -42,3 +42,10 @@ def test_experts_that_a_step_passes_by_cost_nothing() -> None:
     assert (layer.parameters, layer.state_bytes) == (6 * expert + rest, 0)
     assert layer.bytes_moved == 4 * (2 * expert + rest)
     assert layer.flops == 2 * (2 * expert + 6 * 32)
+
+
+def test_a_recurrence_without_an_inner_state() -> None:
+    layer = token_cost(LanguageModel(50, 32, [{"mixer": "rglru", "n_heads": 4}]), context=10)[1]
+    gates = 2 * 32 * 8
+    assert layer.flops == 2 * (3 * 32 * 32 + gates + 4 * 32) + 2 * 32
+    assert layer.state_bytes == 4 * (3 * 32 + 32) + 1

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import state as states
 from ..mixers._parts import ShortConvolution
+from ..mixers.rglru import RGLRUState
 from ..models import LanguageModel
 from ..models.experts import Experts
 
@@ -69,6 +70,8 @@ def token_cost(model: LanguageModel, context: int = 1024) -> list[Cost]:
 
 
 def _recurrence(state: Any) -> int:
+    if isinstance(state, RGLRUState):
+        return 2 * state.h.numel()  # decay, and the sum with the input; it is its own output
     h = getattr(state, "ssm", None)
     return 0 if h is None else h.numel() * _RECURRENCE[h.is_complex()]
 
