@@ -214,6 +214,7 @@ def test_a_folder_in_several_files(make: Make, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert torch.equal(longstate.load(tmp_path)(ids)[0][..., :61], model(ids).logits)
 
 
 @torch.no_grad()
@@ -308,7 +309,7 @@ def test_mistakes_are_said(make: Make) -> None:
     assert isinstance(model(ids, past_key_values=DynamicCache()).past_key_values, LongstateCache)
 
 
-def test_a_published_model_is_wrapped(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_ours_is_wrapped(make: Make, tmp_path: Path) -> None:
     from longstate.hf import load_pretrained
 
     model = make()
@@ -319,3 +320,32 @@ def test_a_published_model_is_wrapped(make: Make, tmp_path: Path, monkeypatch: p
     assert (loaded.dtype, loaded.config.dtype) == (torch.float64, torch.float64)
     assert loaded.generation_config.eos_token_id == 5
     assert loaded.name_or_path == str(tmp_path)
+
+
+@torch.no_grad()
+def test_a_model_of_another_family_is_wrapped(tmp_path: Path) -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    from longstate.hf import load_pretrained
+
+    theirs = Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=61,
+            hidden_size=16,
+            num_heads=4,
+            head_dim=8,
+            state_size=8,
+            n_groups=2,
+            num_hidden_layers=2,
+            eos_token_id=7,
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    ours, ids = load_pretrained(tmp_path), tokens()
+    assert close(ours(ids).logits, theirs(ids).logits)
+    assert ours.generation_config.eos_token_id == [7]
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+    assert again.generation_config.eos_token_id == [7]

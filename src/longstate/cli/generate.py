@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoints import load
+from ..checkpoints import load_pretrained
+from ..checkpoints.published import folder_of
 from ..data.text import read_documents
 from ..data.tokenizers import stop_tokens, tokenizer_of
 from ..generate import Sampling, generate, load_memory, prompt_tokens, read, save_memory
@@ -52,15 +53,16 @@ def command(
     if state_out is not None and not Path(state_out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--state-out {state_out}: there is no such folder. Make it first.")
 
-    model = load(folder, device=device).eval()
-    tokenizer = tokenizer_of(folder, model.vocab_size)
+    place = folder_of(folder)
+    model = load_pretrained(place, device=device).eval()
+    tokenizer = tokenizer_of(place, model.vocab_size)
     memory = load_memory(model, state_in) if state_in is not None else None
     if text is not None:
         documents = [text] * (1 if memory is None else len(memory.token))
         memory = read(model, prompt_tokens(tokenizer, documents, begin=memory is None), memory)
     if memory is not None and len(prompts) == 1:
         prompts *= len(memory.token)
-    asked = [_as_message(folder, text) for text in prompts] if chat else prompts
+    asked = [_as_message(place, text) for text in prompts] if chat else prompts
     # A chat template writes itself what a sequence begins with.
     memory = read(model, prompt_tokens(tokenizer, asked, begin=memory is None and not chat), memory)
     steps = generate(
@@ -69,7 +71,7 @@ def command(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=stop or (),
-        stop_tokens=stop_tokens(folder),
+        stop_tokens=stop_tokens(place),
         memory=memory,
     )
     written = [""] * len(prompts) if chat else list(prompts)
@@ -84,7 +86,7 @@ def command(
         save_memory(memory, model, state_out)
 
 
-def _as_message(folder: str, text: str) -> str:
+def _as_message(folder: Path, text: str) -> str:
     """Return what the model's chat template makes of a user's message."""
     from ..hf import render_chat  # here, because transformers takes seconds to import
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..analysis.cost import Cost, token_cost
-from ..checkpoints import load
+from ..checkpoints import load_pretrained
 from ._table import table
 
 
@@ -16,7 +16,7 @@ def command(
     context: Annotated[int, typer.Option(min=1, help="Tokens read before the one that is looked at.")] = 1024,
 ) -> None:
     """Say how large a model and its state are, and what one more token costs."""
-    costs = token_cost(load(folder).eval(), context)
+    costs = token_cost(load_pretrained(folder).eval(), context)
     total = Cost("all", *map(sum, list(zip(*costs, strict=True))[1:]))
     heading = ("layer", "parameters", "state bytes", "FLOPs/token", "bytes/token")
     typer.echo(table([heading, *((cost.name, *(f"{x:,}" for x in cost[1:])) for cost in [*costs, total])]))

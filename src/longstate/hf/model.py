@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .. import checkpoints
 from .._shapes import Float, Int, Shaped, Tensor
+from ..checkpoints.published import folder_of
+from ..data.tokenizers import stop_tokens
 from ..mixers import Mixer
 from ..models import LanguageModel
 from ..timeline import Timeline
@@ -209,7 +210,8 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states,
             output_attentions,
         )
-        hidden, loss = read.last_hidden_state, None
+        hidden: Tensor = read.last_hidden_state  # type: ignore[assignment]  # optional in name only
+        loss = None
         if labels is not None or shift_labels is not None:
             logits = self._logits(hidden).contiguous()
             shift_labels = None if shift_labels is None else shift_labels.contiguous()
@@ -378,11 +380,12 @@ def load_pretrained(
         FileNotFoundError: If there is no such model.
         ValueError: If it is damaged, or not a model that can be computed here.
     """
-    model = checkpoints.load_pretrained(
-        source, device=device, dtype=dtype, allow_pickle=allow_pickle, revision=revision
-    )
+    folder = folder_of(source, revision, allow_pickle)
+    model = checkpoints.load_pretrained(folder, device=device, dtype=dtype, allow_pickle=allow_pickle)
     wrapped = LongstateForCausalLM.from_model(model.eval())
     wrapped.name_or_path = wrapped.config.name_or_path = os.fspath(source)
-    if Path(source, "generation_config.json").is_file():
-        wrapped.generation_config = GenerationConfig.from_pretrained(os.fspath(source))
+    if (folder / "generation_config.json").is_file():
+        wrapped.generation_config = GenerationConfig.from_pretrained(os.fspath(folder))
+    if wrapped.generation_config.eos_token_id is None and (ends := stop_tokens(folder)):
+        wrapped.generation_config.eos_token_id = list(ends)
     return wrapped
