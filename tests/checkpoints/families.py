@@ -298,6 +298,14 @@ def write(name: str, seed: int, folder: Path) -> PreTrainedModel:
     return model
 
 
+def opened(name: str, folder: Path) -> PreTrainedModel:
+    """Let transformers open a folder."""
+    model = getattr(transformers, FAMILIES[name][0]).from_pretrained(folder)
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Return what transformers computes without a cache, which is wrong in some of its models."""
     with torch.no_grad():

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..mixers import Mixer
 from ..models import LanguageModel
+from ._entry import DTYPES
 from ._rows import Group, Row, Shapes, candidates, spans, their_shapes
-from ._tensors import CHUNK, DTYPES, Reader, few
+from ._tensors import CHUNK, Reader, few
 
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 
@@ -52,12 +53,10 @@ def fill(
             targets: dict[str, Tensor] = {}
             for name in group.ours:
                 kind = _type(model, name, found, common, dtype)
-                kept = reader.whole(group.names[0]) if group.plain and kind == found and _is_cpu(device) else None
-                targets[name] = torch.empty(shapes[name], dtype=kind, device=device or "cpu") if kept is None else kept
-            if kept is None:
-                for span in spans(group, shapes):
-                    flat = targets[span.ours].view(-1)
-                    reader.read(span.theirs, span.their_start, flat[span.our_start : span.our_start + span.length])
+                targets[name] = torch.empty(shapes[name], dtype=kind, device=device or "cpu")
+            for span in spans(group, shapes):
+                flat = targets[span.ours].view(-1)
+                reader.read(span.theirs, span.their_start, flat[span.our_start : span.our_start + span.length])
             for name, x in targets.items():
                 _assign(model, name, x)
     model._tie()
@@ -192,10 +191,6 @@ def _type(
     if wanted is not None:
         return wanted
     return found if isinstance(module, Mixer) else common
-
-
-def _is_cpu(device: torch.device | str | None) -> bool:
-    return device is None or torch.device(device).type == "cpu"
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

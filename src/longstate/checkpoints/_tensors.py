@@ -5,46 +5,38 @@ from __future__ import annotations
 import json
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# As safetensors writes them. Eight-bit floats are quantised: they mean nothing without their scales.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from ._entry import DTYPES, Entry
+from ._pickles import pickled
+
 INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 LARGEST_JSON = 64 * 2**20  # bytes; an index of a hundred thousand tensors takes a fifth of it
-CHUNK = 2**22  # numbers that are converted at a time
+CHUNK = 2**20  # numbers that are converted at a time
 
 
-class Entry(NamedTuple):
-    """One tensor in a file."""
+class Reader:
+    """The tensors of a checkpoint by name, read without a memory map: mapped pages would count until all is read.
 
-    file: Path
-    shape: list[int]
-    dtype: str
-
-
-class Reader(ABC):
-    """The tensors of a checkpoint by name. Values are read only inside ``with reader.open():``.
+    Values are read only inside ``with reader.open():``.
 
     Attributes:
         entries: What is there, in the order of the files.
         where: The file or index, for messages.
     """
 
-    entries: dict[str, Entry]
-    where: Path
-
-    def __init__(self, where: Path) -> None:
-        self.where, self.entries = where, {}
-        self._stored: dict[str, str] = {}
+    def __init__(self, where: Path, entries: dict[str, Entry]) -> None:
+        self.where, self.entries = where, entries
+        self._open: dict[Path, BinaryIO] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def rename(self, aliases: Sequence[tuple[str, str]]) -> None:
         """Give tensors other names: the first alias that fits replaces what a name begins with.
@@ -56,36 +48,8 @@ class Reader(ABC):
         for name, entry in entries.items():
             new = next((after + name[len(before) :] for before, after in aliases if name.startswith(before)), name)
             if new in self.entries:
-                raise ValueError(f"{self.where}: {name} and {self._stored[new]} are the same tensor by two names")
-            self.entries[new], self._stored[new] = entry, name
-
-    @abstractmethod
-    def open(self) -> AbstractContextManager[None]:
-        """Return a context within which values can be read."""
-
-    @abstractmethod
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out``, one axis of contiguous numbers, with those of a tensor from number ``start`` on."""
-
-    def whole(self, name: str) -> Tensor | None:
-        """Return a whole tensor where that takes no copy of it."""
-        return None
-
-
-class Safetensors(Reader):
-    """One or several safetensors files, read without a memory map: mapped pages would count until all is read."""
-
-    def __init__(self, where: Path, files: list[Path]) -> None:
-        super().__init__(where)
-        self._begin: dict[str, int] = {}
-        for file in files:
-            header, data = _header(file)
-            for name, entry in header.items():
-                if name in self.entries:
-                    raise ValueError(f"{where}: {name} is in {self.entries[name].file.name} and in {file.name}")
-                self.entries[name] = Entry(file, list(entry["shape"]), entry["dtype"])
-                self._begin[name] = data + entry["data_offsets"][0]
-        self._open: dict[Path, BinaryIO] = {}
+                raise ValueError(f"{self.where}: two tensors are {new} by different names, one of them {name}")
+            self.entries[new] = entry
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -95,30 +59,51 @@ class Safetensors(Reader):
                 self._open[file] = stack.enter_context(open(file, "rb", buffering=0))
             yield
         self._open.clear()
+        self._buffers.clear()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Read straight into ``out``, or through a small buffer where it is elsewhere or of another type."""
+        """Fill ``out``, one axis of contiguous numbers, with those of a tensor from number ``start`` on.
+
+        They come straight from the file, or through a small buffer where ``out`` is elsewhere or of another type.
+        """
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
         file = self._open[entry.file]
-        file.seek(self._begin[self._stored.get(name, name)] + start * dtype.itemsize)
-        direct = out.dtype == dtype and out.device.type == "cpu"
-        buffer = out if direct else torch.empty(min(CHUNK, len(out)), dtype=dtype)
+        file.seek(entry.begin + start * dtype.itemsize)
+        if out.dtype == dtype and out.device.type == "cpu":
+            _fill(file, out, entry.file)
+            return
+        if dtype not in self._buffers:  # one for all: many large ones, made and freed, would leave gaps
+            self._buffers[dtype] = torch.empty(CHUNK, dtype=dtype)
         for i in range(0, len(out), CHUNK):
             piece = out[i : i + CHUNK]
-            read = piece if direct else buffer[: len(piece)]
-            view = memoryview(read.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            while len(view):
-                count = file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{entry.file}: ended in the middle of {name}; it was cut short while it was read")
-                view = view[count:]
-            if not direct:
-                piece.copy_(read)
+            _fill(file, self._buffers[dtype][: len(piece)], entry.file)
+            piece.copy_(self._buffers[dtype][: len(piece)])
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return what a safetensors file says of its tensors, and where their bytes begin."""
+def _fill(file: BinaryIO, out: Tensor, path: Path) -> None:
+    """Read as many bytes as a tensor has."""
+    view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{path}: ended in the middle of a tensor; it was cut short while it was read")
+        view = view[count:]
+
+
+def _joined(where: Path, files: list[Path], entries: Callable[[Path], dict[str, Entry]]) -> Reader:
+    """Return what several files have together."""
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in entries(file).items():
+            if name in found:
+                raise ValueError(f"{where}: {name} is in {found[name].file.name} and in {file.name}")
+            found[name] = entry
+    return Reader(where, found)
+
+
+def _safetensors(file: Path) -> dict[str, Entry]:
+    """Return what a safetensors file says of its tensors."""
     try:
         with safe_open(file, framework="pt"):  # compares sizes, types and offsets with the file
             pass
@@ -128,55 +113,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error}); it may be cut short") from error
     header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-class Pickles(Reader):
-    """Files that torch.save wrote, read without running anything that they say, and mapped into memory."""
-
-    def __init__(self, where: Path, files: list[Path]) -> None:
-        super().__init__(where)
-        self._tensors: dict[str, Tensor] = {}
-        names = {str(dtype): name for name, dtype in DTYPES.items()}
-        for file in files:
-            for name, x in _unpickled(file).items():
-                if not isinstance(name, str) or not isinstance(x, Tensor):
-                    raise ValueError(f"{file}: holds {name!r:.100} of {type(x)}; wanted tensors by name")
-                if x.layout != torch.strided or x.device.type != "cpu":
-                    raise ValueError(f"{file}: {name} is no plain tensor")
-                self.entries[name] = Entry(file, list(x.shape), names.get(str(x.dtype), str(x.dtype)))
-                self._tensors[name] = x.detach()
-
-    def open(self) -> AbstractContextManager[None]:
-        """Do nothing: they are open."""
-        return nullcontext()
-
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        """Copy from the map."""
-        out.copy_(self._tensors[self._stored.get(name, name)].reshape(-1)[start : start + len(out)])
-
-    def whole(self, name: str) -> Tensor | None:
-        """Return the mapped tensor itself."""
-        x = self._tensors[self._stored.get(name, name)]
-        return x if x.is_contiguous() else None
-
-
-def _unpickled(file: Path) -> dict[Any, Any]:
-    try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251 (asked for)
-        except RuntimeError as error:  # the format before 2020 cannot be mapped
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 (asked for)
-    except Exception as error:  # whatever a damaged pickle may lead to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file}: not readable as weights and nothing else ({reason:.200})") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, wanted tensors by name")
-    return content
+    return {
+        name: Entry(file, list(x["shape"]), x["dtype"], 8 + length + x["data_offsets"][0]) for name, x in header.items()
+    }
 
 
 def open_tensors(folder: Path, names: tuple[str, ...] = ("model.safetensors",), allow_pickle: bool = False) -> Reader:
@@ -193,9 +132,9 @@ def open_tensors(folder: Path, names: tuple[str, ...] = ("model.safetensors",), 
     """
     for name in names:
         if (folder / name).exists():
-            return Safetensors(folder / name, [_file(folder / name)])
+            return _joined(folder / name, [_file(folder / name)], _safetensors)
     if (folder / INDEX).exists():
-        return Safetensors(folder / INDEX, _shards(folder / INDEX))
+        return _joined(folder / INDEX, _shards(folder / INDEX), _safetensors)
     for name, several in (("pytorch_model.bin", False), (PICKLE_INDEX, True)):
         if (folder / name).exists():
             if not allow_pickle:
@@ -203,7 +142,8 @@ def open_tensors(folder: Path, names: tuple[str, ...] = ("model.safetensors",), 
                     f"{folder / name}: a pickle, which may run anything when read carelessly. It is read as weights "
                     f"and nothing else with allow_pickle=True (--allow-pickle); safetensors are better."
                 )
-            return Pickles(folder / name, _shards(folder / name) if several else [_file(folder / name)])
+            files = _shards(folder / name) if several else [_file(folder / name)]
+            return _joined(folder / name, files, pickled)
     raise FileNotFoundError(f"{folder}: no weights; wanted {' or '.join((*names, INDEX))}")
 
 

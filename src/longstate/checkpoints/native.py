@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from .._files import replacing
 from ..models import LanguageModel
@@ -111,10 +112,34 @@ def build(path: Path, config: dict[str, Any], reader: Reader) -> LanguageModel:
             f"{path}: {len(layers)} layers, but {reader.where.name} has only {len(reader.entries)} tensors"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return LanguageModel.from_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+_ELEMENTWISE = {"add", "div", "exp", "expm1", "log", "mul", "neg", "pow", "radd", "rsub", "sqrt", "sub", "truediv"}
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leave initial values out: on the meta device there are none, but asking for them makes torch load its compiler.
+
+    That takes seconds and as much memory as a small model.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place:
+            return args[0] if args else kwargs["tensor"]
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if tensors and name.strip("_") in _ELEMENTWISE:
+            return max(tensors, key=torch.Tensor.numel)
+        if name == "arange" and all(isinstance(x, int) for x in args):
+            return torch.empty(len(range(*args)), **kwargs)
+        return func(*args, **kwargs)
 
 
 def _ours(path: Path) -> dict[str, Any]:
