@@ -335,7 +335,7 @@ def test_a_model_of_another_family_is_wrapped(tmp_path: Path) -> None:
             num_heads=4,
             head_dim=8,
             state_size=8,
-            n_groups=2,
+            n_groups=1,
             num_hidden_layers=2,
             eos_token_id=7,
         )

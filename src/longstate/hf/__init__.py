@@ -9,7 +9,7 @@ from .lora import LORA_TARGETS as LORA_TARGETS
 from .lora import lora_targets as lora_targets
 from .lora import register_with_peft
 from .model import LongstateForCausalLM as LongstateForCausalLM
-from .model import load_pretrained as load_pretrained
+from .published import load_pretrained as load_pretrained
 
 AutoConfig.register(LongstateConfig.model_type, LongstateConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongstateConfig, LongstateForCausalLM, exist_ok=True)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .. import checkpoints
 from .._shapes import Float, Int, Shaped, Tensor
-from ..checkpoints.published import folder_of
-from ..data.tokenizers import stop_tokens
-from ..mixers import Mixer
 from ..models import LanguageModel
 from ..timeline import Timeline
 from .cache import LongstateCache, Steps
@@ -128,13 +123,11 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         lacking = [p for p in module.parameters() if not getattr(p, "_is_hf_initialized", False)]
         if not lacking:
             return
-        if isinstance(module, nn.Embedding | nn.Linear) and module in (self.backbone.embedding, self.lm_head):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, Mixer) or (
-            hasattr(module, "reset_parameters") and module is not self.backbone and not isinstance(module, nn.Linear)
-        ):
+        if isinstance(module, nn.Embedding | nn.Linear | nn.Conv1d):
+            # Those of layers are drawn with the mixer or channel mixer that they are part of.
+            if not any(module is part for part in self.backbone.layers.modules()):
+                nn.init.normal_(module.weight, std=0.02)
+        elif hasattr(module, "reset_parameters") and module is not self.backbone:
             found = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
             module.reset_parameters()  # type: ignore[operator]
             for parameter, value in found:
@@ -160,6 +153,13 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
             if options.get("assistant_model") is not None or looked_up or getattr(chosen, "is_assistant", False):
                 cache.activate_past_recording()
         return super().generate(inputs, generation_config, **options)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *arguments: Any, **options: Any) -> Any:
+        """Prepare a cache, which is ours already where one is wanted."""
+        if generation_config.cache_implementation == "dynamic_full":
+            # What transformers 5.0 wants of assisted decoding: a cache that can be cropped. Ours can.
+            generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, *arguments, **options)  # type: ignore[misc]
 
     def forward(
         self,
@@ -357,35 +357,3 @@ def _without_right_padding(steps: Steps) -> Steps:
     if valid is None or not bool((valid[:, 1:] <= valid[:, :-1]).all()):
         return steps
     return steps._replace(valid=None)
-
-
-def load_pretrained(
-    source: str | os.PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    allow_pickle: bool = False,
-    revision: str | None = None,
-) -> LongstateForCausalLM:
-    """Read a model of ours or a published one, as ``longstate.load_pretrained`` does, and return it wrapped.
-
-    Args:
-        source: A folder, or the name of a repository.
-        device: Where to; the CPU when absent.
-        dtype: The type of the parameters; that of the files when absent.
-        allow_pickle: Whether weights may be unpickled where there are no others.
-        revision: Which version of a repository.
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is damaged, or not a model that can be computed here.
-    """
-    folder = folder_of(source, revision, allow_pickle)
-    model = checkpoints.load_pretrained(folder, device=device, dtype=dtype, allow_pickle=allow_pickle)
-    wrapped = LongstateForCausalLM.from_model(model.eval())
-    wrapped.name_or_path = wrapped.config.name_or_path = os.fspath(source)
-    if (folder / "generation_config.json").is_file():
-        wrapped.generation_config = GenerationConfig.from_pretrained(os.fspath(folder))
-    if wrapped.generation_config.eos_token_id is None and (ends := stop_tokens(folder)):
-        wrapped.generation_config.eos_token_id = list(ends)
-    return wrapped
