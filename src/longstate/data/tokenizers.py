@@ -101,8 +101,8 @@ class _ByteStream:
 class TokenizerFile:
     """A ``tokenizer.json``, read by the ``tokenizers`` package.
 
-    A sequence begins with special tokens if a ``tokenizer_config.json`` stands beside the file, by the conventions of
-    Hugging Face: its ``add_bos_token`` decides, or what the ``tokenizer.json`` says of whole texts.
+    If a ``tokenizer_config.json`` stands beside the file, as in the folders of published models, a sequence begins with
+    the special tokens that the file puts before a text.
 
     Args:
         path: The file.
@@ -126,15 +126,11 @@ class TokenizerFile:
             raise ValueError(f"{path}: not a tokenizer.json that the tokenizers package reads ({error})") from error
         # Not their number: there may be numbers that no token has.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.beginning: tuple[int, ...] = self._beginning(read_json(Path(path).parent / CONFIG_NAME))
+        published = (Path(path).parent / CONFIG_NAME).is_file()
+        self.beginning: tuple[int, ...] = self._before_a_text() if published else ()
 
-    def _beginning(self, config: dict[str, Any]) -> tuple[int, ...]:
-        if not config:
-            return ()
-        if config.get("add_bos_token") is not None:
-            first = token_text(config.get("bos_token"))
-            number = self._tokenizer.token_to_id(first) if config["add_bos_token"] and first else None
-            return () if number is None else (number,)
+    def _before_a_text(self) -> tuple[int, ...]:
+        # Not by add_bos_token of the configuration: transformers 5 does not look at it where there is a tokenizer.json.
         bare = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         before = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
