@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .._shapes import Float, Int, Shaped, Tensor
 from ..models import LanguageModel
+from ..models.language import bounded
 from ..timeline import Timeline
 from .cache import LongstateCache, Steps
 from .configuration import LongstateConfig
@@ -273,10 +274,7 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Return the logits of the tokens that exist."""
         logits = self.lm_head(hidden)[..., : self.config.vocab_size]
-        if self.config.logits_divisor != 1:
-            logits = logits / self.config.logits_divisor
-        cap = self.config.logits_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return bounded(logits, self.config.logits_divisor, self.config.logits_soft_cap)
 
     @staticmethod
     def _cache(given: Any) -> LongstateCache | None:

@@ -174,11 +174,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Return the logits of what the stack gave, which need not be that of all steps."""
-        logits = self.lm_head(x)
-        if self.config["logits_divisor"] != 1:
-            logits = logits / self.config["logits_divisor"]
-        cap = self.config["logits_soft_cap"]
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return bounded(self.lm_head(x), self.config["logits_divisor"], self.config["logits_soft_cap"])
 
     def loss(
         self,
@@ -191,3 +187,10 @@ class LanguageModel(nn.Module):
         logits, state = self(tokens, state, timeline)
         wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return functional.cross_entropy(wide, targets.flatten()), state
+
+
+def bounded(logits: Float[Tensor, "b t v"], divisor: float, soft_cap: float | None) -> Float[Tensor, "b t v"]:
+    """Return logits / divisor, and of that cap · tanh(logits / cap) if there is a cap."""
+    if divisor != 1:
+        logits = logits / divisor
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
