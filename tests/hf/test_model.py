@@ -116,6 +116,31 @@ def test_the_loss_is_that_of_the_next_token_where_there_is_a_label(make: Make) -
     assert 0 < ours.item() - out.loss.item() < 1
 
 
+@torch.no_grad()
+def test_who_applies_the_head_alone_finds_what_it_takes(make: Make) -> None:
+    model, ids = make(logits_divisor=3.0, logits_soft_cap=5.0), tokens()
+    hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    logits = hidden @ model.get_output_embeddings().weight.T / model.config.logits_scaling
+    cap = model.config.final_logit_softcapping
+    assert close((cap * (logits / cap).tanh())[..., :61], model(ids).logits)
+    assert torch.equal(model.get_decoder()(ids).last_hidden_state, hidden)
+    assert not list(model.base_model.parameters())
+
+
+def test_documents_packed_into_a_row_teach_what_they_teach_one_by_one(make: Make) -> None:
+    from transformers import DataCollatorWithFlattening
+
+    model = make().train()
+    rows = [{"input_ids": tokens(1, length)[0].tolist()} for length in (9, 4, 12)]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    assert packed["input_ids"].shape == (1, 25)
+    loss = model(**packed).loss
+    apart = [
+        model(ids, labels=ids, num_items_in_batch=1).loss for row in rows for ids in [torch.tensor([row["input_ids"]])]
+    ]
+    assert loss.item() == pytest.approx(sum(x.item() for x in apart) / 22, rel=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_cache_is_returned_when_it_is_wanted(make: Make, training: bool) -> None:
     model = make().train(training)
