@@ -43,40 +43,40 @@ def in_pieces(model: longstate.LanguageModel, tokens: torch.Tensor, cuts: list[i
 def test_logits_are_those_of_transformers(name: str, seed: int, tmp_path: Path) -> None:
     theirs = families.write(name, seed, tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs").eval()
-    tokens = torch.randint(theirs.config.vocab_size, (2, 11))
+    tokens = torch.randint(theirs.config.vocab_size, (2, 10))
     wanted = families.logits(theirs, tokens)
     with torch.no_grad():
         assert far(ours(tokens)[0], wanted) < CLOSE
         assert far(in_pieces(ours, tokens, [7]), wanted) < CLOSE
-        assert far(in_pieces(ours, tokens, list(range(1, 11))), wanted) < CLOSE
+        assert far(in_pieces(ours, tokens, list(range(1, 10))), wanted) < CLOSE
 
     save(ours, tmp_path / "out", family=name)
     again = load_pretrained(tmp_path / "out")
     assert again.state_dict().keys() == ours.state_dict().keys()
     for key, x in ours.state_dict().items():
         assert torch.equal(x, again.state_dict()[key]), key
-    opened = families.opened(name, tmp_path / "out")
-    assert type(opened) is type(theirs)
-    assert far(families.logits(opened, tokens), wanted) < 1e-6
+    if seed < 6:  # opening takes transformers longer than all else here
+        opened = families.opened(name, tmp_path / "out")
+        assert type(opened) is type(theirs)
+        assert far(families.logits(opened, tokens), wanted) < 1e-6
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens)[0], ours(tokens)[0])
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    for seed in (100, 101):
-        theirs = families.write(name, seed, tmp_path / str(seed))
-        ours = load_pretrained(tmp_path / str(seed)).eval()
-        prompt = torch.randint(theirs.config.vocab_size, (1, 5))
-        # Without a cache: with one, some of its models go wrong.
-        wanted = theirs.generate(prompt, max_new_tokens=64, do_sample=False, use_cache=False)
-        with torch.no_grad():
-            logits, state = ours(prompt)
-            tokens = [logits[0, -1].argmax()]
-            while len(tokens) < 64:
-                logits, state = ours(tokens[-1].view(1, 1), state)
-                tokens.append(logits[0, -1].argmax())
-        assert torch.stack(tokens).tolist() == wanted[0, 5:].tolist()
+    theirs = families.write(name, 100, tmp_path)
+    ours = load_pretrained(tmp_path).eval()
+    prompt = torch.randint(theirs.config.vocab_size, (1, 5))
+    # Without a cache: with one, some of its models go wrong.
+    wanted = theirs.generate(prompt, max_new_tokens=64, do_sample=False, use_cache=False)
+    with torch.no_grad():
+        logits, state = ours(prompt)
+        tokens = [logits[0, -1].argmax()]
+        while len(tokens) < 64:
+            logits, state = ours(tokens[-1].view(1, 1), state)
+            tokens.append(logits[0, -1].argmax())
+    assert torch.stack(tokens).tolist() == wanted[0, 5:].tolist() and len(set(tokens)) > 1
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

@@ -91,7 +91,7 @@ def read(options: Options) -> dict[str, Any]:
 
 def scale(d_model: int) -> float:
     """Return √d_model rounded to bfloat16, as the family multiplies embeddings in every type."""
-    return torch.tensor(float(d_model) ** 0.5, device="cpu").to(torch.bfloat16).item()
+    return torch.tensor(float(max(0, d_model)) ** 0.5, device="cpu").to(torch.bfloat16).item()
 
 
 def write(model: LanguageModel) -> dict[str, Any]:
