@@ -367,6 +367,8 @@ def test_a_model_of_another_family_is_wrapped(tmp_path: Path) -> None:
     ).eval()
     theirs.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"configuration of a 'mamba2' model. Read .* with longstate.hf.load_pretr"):
+        LongstateForCausalLM.from_pretrained(tmp_path)
     ours, ids = load_pretrained(tmp_path), tokens()
     assert close(ours(ids).logits, theirs(ids).logits)
     assert ours.generation_config.eos_token_id == [7]

@@ -30,7 +30,7 @@ class LongstateConfig(PreTrainedConfig):
             ``tie_embeddings``), and those of ``transformers.PreTrainedConfig``.
 
     Raises:
-        ValueError: If an option is known to neither, and near to the name of one of ours.
+        ValueError: If it is that of another kind of model, or an option is known to neither and nearly one of ours.
     """
 
     model_type = "longstate"
@@ -50,6 +50,11 @@ class LongstateConfig(PreTrainedConfig):
         layers: Sequence[LayerSpec] = ("mamba2",) * 4,
         **options: Any,
     ) -> None:
+        if (kind := options.pop("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"LongstateConfig: this is the configuration of a {kind!r} model. Read published models of other kinds "
+                f"with longstate.hf.load_pretrained."
+            )
         options = {self.attribute_map.get(name, name): x for name, x in options.items() if name not in FORMAT}
         given = {"vocab_size": vocab_size, "d_model": d_model, "layers": copy.deepcopy(list(layers))}
         given |= {name: options.pop(name) for name in _OPTIONS if name in options}
