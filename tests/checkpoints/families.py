@@ -41,17 +41,22 @@ def limit(draw: Draw) -> tuple[float, float]:
 
 @family("mamba", "MambaForCausalLM")
 def mamba(draw: Draw) -> dict[str, Any]:
-    return common(draw) | dict(
-        hidden_size=draw.choice([8, 20, 33]),
-        num_hidden_layers=draw.choice([1, 2, 3]),
-        state_size=draw.choice([1, 4, 7, 16]),
-        conv_kernel=draw.choice([1, 2, 3, 4]),
-        expand=draw.choice([1, 2, 3]),
-        time_step_rank=draw.choice(["auto", 1, 5]),
-        use_bias=draw.random() < 0.5,
-        use_conv_bias=draw.random() < 0.5,
-        layer_norm_epsilon=draw.choice([1e-5, 1e-3]),
-        residual_in_fp32=draw.random() < 0.5,
+    inner = draw.choice([{}, {}, {"intermediate_size": draw.choice([9, 20, 47])}])  # goes before expand
+    return (
+        common(draw)
+        | inner
+        | dict(
+            hidden_size=draw.choice([8, 20, 33]),
+            num_hidden_layers=draw.choice([1, 2, 3]),
+            state_size=draw.choice([1, 4, 7, 16]),
+            conv_kernel=draw.choice([1, 2, 3, 4]),
+            expand=draw.choice([1, 2, 3]),
+            time_step_rank=draw.choice(["auto", 1, 5]),
+            use_bias=draw.random() < 0.5,
+            use_conv_bias=draw.random() < 0.5,
+            layer_norm_epsilon=draw.choice([1e-5, 1e-3]),
+            residual_in_fp32=draw.random() < 0.5,
+        )
     )
 
 

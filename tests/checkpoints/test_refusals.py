@@ -353,7 +353,7 @@ BLOCK: dict[str, Any] = {"mlp": {"hidden": 4}}
 EXPORTS: list[tuple[str, dict[str, Any], str]] = [
     ("mamba", {"layers": [MAMBA2]}, "mixer is 'mamba2'"),
     ("mamba", {"layers": [{"mixer": "mamba", "inner_norm": "plain"}]}, "inner_norm"),
-    ("mamba", {"layers": [{"mixer": "mamba", "expand": 1.5}]}, "expand"),
+    ("mamba", {"layers": ["mamba", {"mixer": "mamba", "expand": 1.5}]}, "intermediate_size"),
     ("mamba", {"layers": ["mamba", {"mixer": "mamba", "d_state": 4}]}, "state_size"),
     ("mamba", {"layers": ["mamba"], **BLOCK}, "mlp is 'gated'"),
     ("mamba", {"layers": ["mamba"], "residual_multiplier": 0.5}, "residual_multiplier"),

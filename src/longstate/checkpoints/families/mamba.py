@@ -37,12 +37,19 @@ MAMBA = Part(
     {
         "d_state": ("state_size", 16),
         "d_conv": ("conv_kernel", 4),
-        "expand": ("expand", 2),
         "bias": ("use_bias", False),
         "conv_bias": ("use_conv_bias", True),
     },
-    other=["dt_rank"],
+    other=["expand", "dt_rank"],
 )
+
+
+def read(options: Options, part: Part = MAMBA) -> dict[str, Any]:
+    """Return our configuration."""
+    options.only("hidden_act", "silu", "swish")
+    model = MODEL.read(options)
+    layer = {**part.read(options), "expand": _expand(options, model["d_model"]), "dt_rank": rank(options)}
+    return {**model, "layers": [layer] * options.layers("num_hidden_layers", 32)}
 
 
 def rank(options: Options, name: str = "time_step_rank") -> int | None:
@@ -50,22 +57,25 @@ def rank(options: Options, name: str = "time_step_rank") -> int | None:
     return None if options.entries.get(name, "auto") == "auto" else options.need(name, int)
 
 
-def read(options: Options) -> dict[str, Any]:
-    """Return our configuration."""
-    options.only("hidden_act", "silu", "swish")
-    layer = {**MAMBA.read(options), "dt_rank": rank(options)}
-    return {**MODEL.read(options), "layers": [layer] * options.layers("num_hidden_layers", 32)}
+def _expand(options: Options, d_model: int) -> float:
+    """Return inner channels over outer ones; ``intermediate_size`` goes before ``expand`` where both stand."""
+    inner = options.maybe("intermediate_size", int)
+    if inner is None or d_model < 1:
+        return options.take("expand", 2)
+    ratio = inner / d_model
+    return ratio if int(ratio * d_model) == inner else (inner + 0.5) / d_model
 
 
-def write(model: LanguageModel) -> dict[str, Any]:
+def write(model: LanguageModel, part: Part = MAMBA) -> dict[str, Any]:
     """Return theirs."""
-    layers, options = write_layers(model, {"mamba": write_mixer}, {None: None})
+
+    def mixer(settings: Settings) -> dict[str, Any]:
+        inner = int(settings.values["expand"] * model.config["d_model"])
+        own = {"time_step_rank": settings.values["dt_rank"], "intermediate_size": inner}
+        return {**part.write(settings), **own, "expand": max(1, inner // model.config["d_model"])}
+
+    layers, options = write_layers(model, {"mamba": mixer}, {None: None})
     return merged("the model", {**options, "num_hidden_layers": len(layers)}, MODEL.write(model_settings(model)))
-
-
-def write_mixer(settings: Settings) -> dict[str, Any]:
-    """Return their options of a mixer."""
-    return {**MAMBA.write(settings), "time_step_rank": settings.values["dt_rank"]}
 
 
 FAMILY = Family("mamba", ROWS, read, write, "MambaForCausalLM", (("backbone.embedding.", "backbone.embeddings."),))
