@@ -101,7 +101,13 @@ def test_generate_writes_what_transformers_writes(run: Run, published: tuple[Pat
     assert shown == "Once upon" + theirs(model, tokenizer, ids, 40, end) + "\n"
 
 
-def test_chat_asks_with_the_template_and_prints_the_answer(run: Run, published: tuple[Path, Any, Any]) -> None:
+def test_chat_asks_with_the_template_and_prints_the_answer(
+    run: Run, published: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import longstate.cli.generate as command
+
+    given, read = [], command.read
+    monkeypatch.setattr(command, "read", lambda model, prompts, memory: given.append(prompts) or read(model, prompts))
     folder, model, tokenizer = published
     messages = [{"role": "user", "content": "Who?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -113,6 +119,7 @@ def test_chat_asks_with_the_template_and_prints_the_answer(run: Run, published: 
     (folder / "prompts.txt").write_text("Who?\nWho?\n")
     both = run("generate", folder, "--chat", "--prompts-file", folder / "prompts.txt", *options)
     assert both == f"[1] {answer}\n\n[2] {answer}\n"
+    assert given == [[ids], [ids, ids]]
 
 
 def test_info_takes_it_too(run: Run, published: tuple[Path, Any, Any]) -> None:

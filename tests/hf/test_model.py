@@ -95,6 +95,13 @@ def test_documents_of_one_row_are_kept_apart_by_positions(make: Make) -> None:
     assert not close(model(ids).logits, apart, 1e-2)
     pieces = model(ids[:, :8]).past_key_values
     assert close(model(ids[:, 8:], past_key_values=pieces, position_ids=position[:, 8:]).logits, apart[:, 8:])
+    # Short documents, and padding on the right, which is left out without a cache.
+    position = torch.tensor([[0, 0, 1, 0, 1, 2, 3, 4, 0, 0, 0]])
+    mask = torch.tensor([[1] * 8 + [0] * 3])
+    pieces = torch.cat([model(ids[:, a:b]).logits for a, b in ((0, 1), (1, 3), (3, 8))], 1)
+    for use_cache in (False, True):
+        given = model(ids[:, :11], position_ids=position, attention_mask=mask, use_cache=use_cache)
+        assert close(given.logits[:, :8], pieces)
     # Positions that only count on begin nothing.
     assert torch.equal(model(ids, position_ids=torch.arange(20)[None]).logits, model(ids).logits)
 
@@ -195,6 +202,9 @@ def test_hidden_states_are_the_residual_stream(make: Make) -> None:
     pieces = model(long, output_hidden_states=True, past_key_values=cache, logits_to_keep=1).hidden_states
     whole = model(long, output_hidden_states=True).hidden_states
     assert all(close(a, b, 1e-4) for a, b in zip(pieces, whole, strict=True))
+    cache.crop(-5)
+    again = model(long[:, 45:], output_hidden_states=True, past_key_values=cache).hidden_states
+    assert all(close(a, b[:, 45:], 1e-4) for a, b in zip(again, whole, strict=True)), "without what is read again"
     assert model(ids).hidden_states is None
 
 
