@@ -16,6 +16,7 @@ import longstate  # noqa: E402
 from checkpoints import families  # noqa: E402
 from longstate.checkpoints import families as tables  # noqa: E402
 from longstate.checkpoints import load_pretrained, save  # noqa: E402
+from longstate.checkpoints._options import Options  # noqa: E402
 from longstate.checkpoints._parts import Part  # noqa: E402
 
 SEEDS = range(20)
@@ -91,6 +92,9 @@ def test_a_default_configuration_is_read_as_transformers_means_it(name: str) -> 
             assert found == default and type(found) is type(default), theirs
             seen += 1
     assert seen > 6
+    layers = module.FAMILY.read(Options("nothing", {}, 10**4))["layers"]
+    for layer in layers:
+        assert "rotary_base" not in layer or layer["rotary_base"] == config.rope_parameters["rope_theta"]
 
 
 def modules() -> list[Any]:
