@@ -165,6 +165,23 @@ def test_merged_is_unmerged(make: Make) -> None:
 
 
 @torch.no_grad()
+def test_routed_experts_are_adapted(make: Make) -> None:
+    routed = {"kind": "experts", "n_experts": 3, "top_k": 2, "hidden": 8}
+    model = make([*layers(["mamba"]), {"mixer": None, "mlp": routed}])
+    ids = torch.randint(61, (2, 12))
+    plain = model(ids).logits
+    tuned = adapted(model, **lora_targets(model))
+    named = {n: p for n, p in tuned.named_parameters() if p.requires_grad and ".layers.1.mlp." in n}
+    assert len(named) == 4, "two matrices for each of the experts' two"
+    for name, parameter in named.items():
+        parameter.normal_(std=0.3 if "lora_B" in name else 0.1)
+    unmerged = tuned.eval()(input_ids=ids).logits
+    assert (unmerged - plain).abs().max() > 0.01 * plain.abs().max()
+    merged = tuned.merge_and_unload()(ids).logits
+    assert (merged - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+
+
+@torch.no_grad()
 def test_adapters_in_a_folder(make: Make, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     ids = torch.randint(61, (2, 9))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.experts import Experts
 from .configuration import LongstateConfig
 
 # Every linear layer of every mixer and channel mixer but routers, by the last part of its name.
@@ -33,7 +34,7 @@ LORA_TARGETS = (
 def lora_targets(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of ``peft.LoraConfig`` that say what to adapt, such that no layer is left out.
 
-    Linear layers get low-rank adapters. A mixer without any (S4D and S5 that end in no gate) has few parameters, and is
+    Linear layers and routed experts get low-rank adapters. A mixer without any (S4D and S5 that end in no gate) has few parameters, and is
     trained whole.
 
     Args:
@@ -45,10 +46,12 @@ def lora_targets(model: nn.Module) -> dict[str, Any]:
         found |= mixer | {leaf for leaf in LORA_TARGETS if _has(getattr(block, "mlp", None), leaf)}
         if not mixer and block.mixer is not None:
             whole.append(f"layers.{name}.mixer")
+    routed = any(isinstance(module, Experts) for module in model.modules())
     return {
         # PEFT wants at least one.
         "target_modules": [leaf for leaf in LORA_TARGETS if leaf in found] or ["lm_head"],
         "modules_to_save": whole or None,
+        "target_parameters": ["mlp.fc1", "mlp.fc2"] if routed else None,
     }
 
 

@@ -169,9 +169,10 @@ class Experts(nn.Module):
     def _sparse(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
         """Run each expert on the steps that chose it, ordered by expert and brought back into their own order."""
         order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.fc1)).tolist()
+        counts = chosen.flatten().bincount(minlength=self.router.out_features).tolist()
         pieces = x[order // self.top_k].split(counts)
-        y = [self._expert(piece, self.fc1[e], self.fc2[e]) for e, piece in enumerate(pieces) if len(piece)]
+        fc1, fc2 = self.fc1, self.fc2  # asked for once: an adapter may compute them
+        y = [self._expert(piece, fc1[e], fc2[e]) for e, piece in enumerate(pieces) if len(piece)]
         if not y:
             return torch.zeros_like(x)
         y = torch.cat(y)[order.argsort()].unflatten(0, (-1, self.top_k))
@@ -179,7 +180,7 @@ class Experts(nn.Module):
 
     def _dense(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
         """Run all experts on all steps, most of them with weight 0."""
-        every = x.new_zeros(len(x), len(self.fc1)).scatter(1, chosen, weight)
+        every = x.new_zeros(len(x), self.router.out_features).scatter(1, chosen, weight)
         y = self._expert(x, self.fc1, self.fc2)
         return torch.einsum("esd,se->sd", y, every)
 
