@@ -65,6 +65,7 @@ def test_the_layout_of_state_spaces(name: str, seed: int, tmp_path: Path) -> Non
     mixer = dict(d_state=config.state_size, d_conv=config.conv_kernel, expand=config.expand, bias=config.use_bias)
     mixer |= dict(conv_bias=config.use_conv_bias)
     if name == "mamba":
+        mixer |= dict(expand=(config.intermediate_size + 0.5) / config.hidden_size)  # the whole part of their product
         mixer |= dict(dt_rank=config.time_step_rank)
     else:
         mixer |= dict(layer="Mamba2", headdim=config.head_dim, ngroups=config.n_groups)
