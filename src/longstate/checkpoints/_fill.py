@@ -13,7 +13,7 @@ from ..mixers import Mixer
 from ..models import LanguageModel
 from ._entry import DTYPES
 from ._rows import Group, Row, Shapes, candidates, spans, their_shapes
-from ._tensors import CHUNK, Reader, few
+from ._tensors import Reader, few
 
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 
@@ -28,8 +28,9 @@ def fill(
 ) -> None:
     """Put the tensors of files in the place of a model's, which are on the meta device.
 
-    Nothing is allocated before names, shapes and types have been compared. Each tensor is read straight to where it
-    stays, so that there is never more than the model itself.
+    Nothing is allocated before names, shapes and types have been compared. A tensor that stays as it is remains in its
+    file, mapped into memory; any other is copied piece by piece to where it stays. So memory never holds more than the
+    model.
 
     Args:
         model: The model.
@@ -47,18 +48,19 @@ def fill(
     common = _common_type(reader, groups)
     order = {name: i for i, name in enumerate(reader.entries)}
     groups.sort(key=lambda group: order[group.names[0]])
-    with reader.open():
-        for group in groups:
-            found = DTYPES[reader.entries[group.names[0]].dtype]
-            targets: dict[str, Tensor] = {}
-            for name in group.ours:
-                kind = _type(model, name, found, common, dtype)
-                targets[name] = torch.empty(shapes[name], dtype=kind, device=device or "cpu")
-            for span in spans(group, shapes):
-                flat = targets[span.ours].view(-1)
-                reader.read(span.theirs, span.their_start, flat[span.our_start : span.our_start + span.length])
-            for name, x in targets.items():
-                _assign(model, name, x)
+    device = torch.device(device or "cpu")
+    for group in groups:
+        found = DTYPES[reader.entries[group.names[0]].dtype]
+        kinds = {name: _type(model, name, found, common, dtype) for name in group.ours}
+        if group.plain and device.type == "cpu" and kinds[group.ours[0]] == found:
+            _assign(model, group.ours[0], reader.mapped(group.names[0]))
+            continue
+        targets = {name: torch.empty(shapes[name], dtype=kind, device=device) for name, kind in kinds.items()}
+        for span in spans(group, shapes):
+            flat = targets[span.ours].view(-1)
+            reader.read(span.theirs, span.their_start, flat[span.our_start : span.our_start + span.length])
+        for name, x in targets.items():
+            _assign(model, name, x)
     model._tie()
 
 
@@ -153,13 +155,7 @@ def _check_equal(reader: Reader, head: str, embedding: str) -> None:
     """Check that a head which is said to be the embedding is."""
     one, other = reader.entries[head], reader.entries[embedding]
     same = one.shape == other.shape
-    with reader.open():
-        total = torch.Size(one.shape).numel()
-        for start in range(0, total if same else 0, CHUNK):
-            x, y = (torch.empty(min(CHUNK, total - start), dtype=DTYPES[e.dtype]) for e in (one, other))
-            reader.read(head, start, x)
-            reader.read(embedding, start, y)
-            same = same and torch.equal(x, y.to(x.dtype))
+    same = same and torch.equal(reader.mapped(head), reader.mapped(embedding).to(DTYPES[one.dtype]))
     if not same:
         raise ValueError(
             f"{reader.where}: the configuration says that {head} is the embedding, but {embedding} is another. Set the "

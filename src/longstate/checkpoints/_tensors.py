@@ -1,14 +1,14 @@
-"""Tensors in files: what is there is known before any of it is read, and it is read straight to where it belongs."""
+"""Tensors in files: what is there is known before any of it is read, and is copied only where it must be."""
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +20,11 @@ from ._pickles import pickled
 INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 LARGEST_JSON = 64 * 2**20  # bytes; an index of a hundred thousand tensors takes a fifth of it
-CHUNK = 2**20  # numbers that are converted at a time
+CHUNK = 2**20  # numbers that are copied at a time
 
 
 class Reader:
-    """The tensors of a checkpoint by name, read without a memory map: mapped pages would count until all is read.
-
-    Values are read only inside ``with reader.open():``.
+    """The tensors of a checkpoint by name, seen through maps of the files.
 
     Attributes:
         entries: What is there, in the order of the files.
@@ -35,8 +33,6 @@ class Reader:
 
     def __init__(self, where: Path, entries: dict[str, Entry]) -> None:
         self.where, self.entries = where, entries
-        self._open: dict[Path, BinaryIO] = {}
-        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def rename(self, aliases: Sequence[tuple[str, str]]) -> None:
         """Give tensors other names: the first alias that fits replaces what a name begins with.
@@ -51,44 +47,40 @@ class Reader:
                 raise ValueError(f"{self.where}: two tensors are {new} by different names, one of them {name}")
             self.entries[new] = entry
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Open all files."""
-        with ExitStack() as stack:
-            for file in sorted({entry.file for entry in self.entries.values()}):
-                self._open[file] = stack.enter_context(open(file, "rb", buffering=0))
-            yield
-        self._open.clear()
-        self._buffers.clear()
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor where it stands in its file; what is written to it stays in memory."""
+        entry = self.entries[name]
+        return _map(entry, 0, math.prod(entry.shape)).view(entry.shape)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, one axis of contiguous numbers, with those of a tensor from number ``start`` on.
 
-        They come straight from the file, or through a small buffer where ``out`` is elsewhere or of another type.
+        They are looked at piece by piece: pages of a map count as memory until it is let go.
         """
-        entry = self.entries[name]
-        dtype = DTYPES[entry.dtype]
-        file = self._open[entry.file]
-        file.seek(entry.begin + start * dtype.itemsize)
-        if out.dtype == dtype and out.device.type == "cpu":
-            _fill(file, out, entry.file)
-            return
-        if dtype not in self._buffers:  # one for all: many large ones, made and freed, would leave gaps
-            self._buffers[dtype] = torch.empty(CHUNK, dtype=dtype)
         for i in range(0, len(out), CHUNK):
             piece = out[i : i + CHUNK]
-            _fill(file, self._buffers[dtype][: len(piece)], entry.file)
-            piece.copy_(self._buffers[dtype][: len(piece)])
+            piece.copy_(_map(self.entries[name], start + i, len(piece)))
 
 
-def _fill(file: BinaryIO, out: Tensor, path: Path) -> None:
-    """Read as many bytes as a tensor has."""
-    view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while len(view):
-        count = file.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise ValueError(f"{path}: ended in the middle of a tensor; it was cut short while it was read")
-        view = view[count:]
+def _map(entry: Entry, start: int, count: int) -> Tensor:
+    """Return numbers of a tensor as a map of the file, which is let go with the last tensor that lies in it.
+
+    Raises:
+        ValueError: If the file has become shorter than it was.
+    """
+    dtype = DTYPES[entry.dtype]
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    begin, size = entry.begin + start * dtype.itemsize, count * dtype.itemsize
+    skipped = begin % mmap.ALLOCATIONGRANULARITY
+    with open(entry.file, "rb") as file:
+        try:
+            window = mmap.mmap(file.fileno(), skipped + size, access=mmap.ACCESS_COPY, offset=begin - skipped)
+        except ValueError as error:
+            raise ValueError(f"{entry.file}: cut short while it was read ({error})") from error
+    numbers = torch.frombuffer(window, dtype=torch.uint8, count=size, offset=skipped)
+    # In a file of several types some may not stand where such numbers can be.
+    return (numbers.clone() if begin % dtype.itemsize else numbers).view(dtype)
 
 
 def _joined(where: Path, files: list[Path], entries: Callable[[Path], dict[str, Entry]]) -> Reader:

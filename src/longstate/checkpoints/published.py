@@ -49,8 +49,8 @@ def load_pretrained(
 ) -> LanguageModel:
     """Read a published model, or one of ours, from a folder or a hub.
 
-    Every tensor is accounted for before anything is allocated, and then read to where it stays: memory never holds
-    more than the model.
+    Every tensor is accounted for before anything is allocated. What keeps its type stays in its file, mapped into
+    memory; the rest is copied once: memory never holds more than the model.
 
     Args:
         source: A folder, or the name of a repository on the Hugging Face hub if there is no such folder.

@@ -34,8 +34,8 @@ LORA_TARGETS = (
 def lora_targets(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of ``peft.LoraConfig`` that say what to adapt, such that no layer is left out.
 
-    Linear layers and routed experts get low-rank adapters. A mixer without any (S4D and S5 that end in no gate) has few parameters, and is
-    trained whole.
+    Linear layers and routed experts get low-rank adapters. A mixer without any (S4D and S5 that end in no gate) has few
+    parameters, and is trained whole.
 
     Args:
         model: A ``LongstateForCausalLM`` or a ``LanguageModel``.
