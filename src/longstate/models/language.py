@@ -90,9 +90,8 @@ class LanguageModel(nn.Module):
         }
         self.vocab_size = vocab_size
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
-        # Not yet drawn: on the way to reset_parameters nothing of that size needs to exist twice.
-        device = torch.get_default_device()  # skip_init would take the CPU, also where the rest is on the meta device
-        embedding = nn.utils.skip_init(nn.Embedding, rows, d_model, device=device)
+        # Neither is drawn as torch would: it takes long for so many numbers, and they are drawn below.
+        embedding = nn.Embedding.from_pretrained(torch.empty(rows, d_model), freeze=False)
         self.backbone = Stack(
             d_model,
             layers,
@@ -105,7 +104,9 @@ class LanguageModel(nn.Module):
             embedding_multiplier,
             residual_multiplier,
         )
-        self.lm_head = nn.utils.skip_init(nn.Linear, d_model, rows, bias=False, device=device)
+        self.lm_head = nn.Linear(d_model, 1, bias=False)
+        self.lm_head.out_features = rows
+        self.lm_head.weight = embedding.weight if tie_embeddings else nn.Parameter(torch.empty(rows, d_model))
         self._tie()
         self._draw_embeddings()
 
