@@ -285,6 +285,8 @@ def test_what_a_file_lacks_is_drawn_and_what_it_has_stays(make: Make, tmp_path: 
         if name != "lm_head.weight":
             assert torch.equal(value, tensors[name]) == (name not in lacking), name
     assert torch.equal(loaded.backbone.norm_f.weight, torch.ones(16))
+    step = torch.nn.functional.softplus(loaded.backbone.layers[2].mixer.dt_proj.bias)
+    assert (step > 9e-4).all() and (step < 0.11).all() and step.std() > 0, "as the mixer draws it, not as memory was"
 
 
 def test_a_new_model_is_drawn_as_ours() -> None:

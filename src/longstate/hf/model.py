@@ -121,18 +121,21 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the parameters that a file lacked, and leave those that it had."""
-        lacking = [p for p in module.parameters() if not getattr(p, "_is_hf_initialized", False)]
+        lacking = [p for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
         if not lacking:
             return
-        if isinstance(module, nn.Embedding | nn.Linear | nn.Conv1d):
-            # Those of layers are drawn with the mixer or channel mixer that they are part of.
-            if not any(module is part for part in self.backbone.layers.modules()):
-                nn.init.normal_(module.weight, std=0.02)
-        elif hasattr(module, "reset_parameters") and module is not self.backbone:
-            found = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-            module.reset_parameters()  # type: ignore[operator]
-            for parameter, value in found:
-                parameter.copy_(value)
+        # What is inside a mixer or channel mixer is drawn by it: a part alone does not know its distribution.
+        parts = [part for block in self.backbone.layers for part in block.children()]
+        owner = next((part for part in parts if any(module is inner for inner in part.modules())), module)
+        if not hasattr(owner, "reset_parameters") or isinstance(owner, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+            return
+        found = [(p, p.clone()) for p in owner.parameters() if getattr(p, "_is_hf_initialized", False)]
+        owner.reset_parameters()  # type: ignore[operator]
+        for parameter, value in found:
+            parameter.copy_(value)
+        for parameter in owner.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def generate(  # type: ignore[override]  # the other arguments pass through by name
         self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any

@@ -141,7 +141,7 @@ class LanguageModel(nn.Module):
 
     def _tie(self) -> None:
         if self.config["tie_embeddings"]:
-            self.lm_head.weight = self.backbone.embedding.weight  # type: ignore[union-attr]
+            self.lm_head.weight = self.backbone.embedding.weight  # type: ignore[union-attr, assignment]
 
     def _draw_embeddings(self) -> None:
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # type: ignore[union-attr, arg-type]
