@@ -1,0 +1,66 @@
+// Elementary functions on vectors, each within 2 units in the last place of float32, right at ±inf, 0, denormals and NaN.
+//
+// Included once for each instruction set, inside namespace longstate::ISA.
+
+static inline vf absolute(vf x) { return number(bits(x) & 0x7fffffff); }
+
+// x 2^k, in two factors, so that results among the denormals are right.
+static inline vf scale(vf x, vi k) {
+    vi half = k >> 1;
+    return x * number((half + 127) << 23) * number((k - half + 127) << 23);
+}
+
+// e^x = 2^k e^r with |r| <= ln 2 / 2.
+static inline vf exp(vf x) {
+    const vf magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vf c = most(least(x, all(89.f)), all(-105.f));
+    vf n = c * all(1.44269504089f) + magic;
+    vi k = bits(n) - bits(magic);
+    n -= magic;
+    vf r = c - n * all(0.693359375f);  // the upper bits of ln 2: times n they are exact
+    r = r - n * all(-2.12194440e-4f);
+    vf p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    vf y = scale(p * (r * r) + r + all(1.f), k);
+    return choose(x == x, y, x);
+}
+
+// log x = k ln 2 + log m with m in [sqrt 1/2, sqrt 2).
+static inline vf log(vf x) {
+    vi small = x < all(1.17549435e-38f);
+    vf y = choose(small, x * all(8388608.f), x);
+    vi b = bits(y) - 0x3f3504f3;  // the bits of sqrt 1/2
+    vi k = (b >> 23) - (small & 23);
+    vf f = number((b & 0x007fffff) + 0x3f3504f3) - all(1.f);
+    vf p = all(7.0376836292e-2f);
+    p = p * f + all(-1.1514610310e-1f);
+    p = p * f + all(1.1676998740e-1f);
+    p = p * f + all(-1.2420140846e-1f);
+    p = p * f + all(1.4249322787e-1f);
+    p = p * f + all(-1.6668057665e-1f);
+    p = p * f + all(2.0000714765e-1f);
+    p = p * f + all(-2.4999993993e-1f);
+    p = p * f + all(3.3333331174e-1f);
+    vf q = f * f, n = __builtin_convertvector(k, vf);
+    vf z = f * q * p + n * all(-2.12194440e-4f) - q * all(0.5f) + f + n * all(0.693359375f);
+    z = choose(x == all(INFINITY), x, z);
+    z = choose(x == all(0.f), all(-INFINITY), z);
+    return choose(x >= all(0.f), z, all(NAN));
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the quotient mends the rounding of 1 + e.
+static inline vf softplus(vf x) {
+    vf e = exp(-absolute(x)), w = all(1.f) + e, d = w - all(1.f);
+    vf l = choose(d == all(0.f), e, log(w) * (e / choose(d == all(0.f), all(1.f), d)));
+    vf y = most(x, all(0.f)) + l;
+    return choose(x == x, y, x);
+}
+
+static inline vf sigmoid(vf x) {
+    vf e = exp(-absolute(x)), r = all(1.f) / (all(1.f) + e);
+    return choose(x >= all(0.f), r, choose(x == x, e * r, x));
+}
