@@ -55,13 +55,20 @@ clean:
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
 
 # The stamps: pip runs again only when what is to be installed has changed. The package itself is installed in place
-# (-e), so a change of its code needs no new installation.
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.made
-	$(INSTALL) -e '.[dev]'
+# (-e), so a change of its code needs no new installation: Python is read where it stands, and the C++ is built again by
+# the first import after a change, for which the tools that build it stay in the environment.
+IN_PLACE := $(INSTALL) --no-build-isolation -C editable.rebuild=true -C editable.verbose=false
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt CMakeLists.txt | $(VENV)/.tools
+	$(IN_PLACE) -e '.[dev]'
 	touch $@ $(VENV)/.installed-train
 
-$(VENV)/.installed-train: pyproject.toml constraints.txt | $(VENV)/.made
-	$(INSTALL) -e '.[train]'
+$(VENV)/.installed-train: pyproject.toml constraints.txt CMakeLists.txt | $(VENV)/.tools
+	$(IN_PLACE) -e '.[train]'
+	touch $@
+
+$(VENV)/.tools: | $(VENV)/.made
+	$(INSTALL) 'scikit-build-core>=0.11' 'nanobind>=2.4' cmake ninja
 	touch $@
 
 $(VENV)/.made:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import typer
 
-from .. import __version__, ops
+from .. import __version__, native, ops
 from ._table import table
 
 _CORE = ("torch", "numpy", "safetensors", "typer", "pyyaml")
@@ -46,7 +46,10 @@ def _installed(name: str) -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
-    found = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    kernels = (
+        f"compiled kernels for {native.instructions()}" if native.kernels else f"no compiled kernels: {native.reason}"
+    )
+    found = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {kernels}")]
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         return [*found, ("cuda", f"none: {reason}")]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
-import torch
+import torch  # first: the kernels share its pool of threads
 
 from .._shapes import Tensor
 
 kernels: ModuleType | None = None
 reason = ""
 try:
-    from . import _native as _loaded  # after torch, whose pool of threads it shares
-
-    kernels = _loaded
+    kernels = import_module(f"{__name__}._native")
+except ModuleNotFoundError:
+    reason = "this installation was made without a C++ compiler"
 except ImportError as error:
-    reason = (
-        "the package was installed without a C++ compiler"
-        if isinstance(error, ModuleNotFoundError)
-        else f"the kernels do not load here ({error})"
-    )
+    reason = f"the compiled kernels do not load here ({error})"
 
 
 def instructions() -> str:
-    """Return the name of the instruction set in use: "baseline", "avx2" or "avx512"; "" without kernels."""
+    """Return the name of the instruction set in use, such as "avx512"; "" without kernels."""
     return "" if kernels is None else str(kernels.instructions())
 
 

@@ -8,12 +8,12 @@ namespace longstate {
 
 // h_t = e^(dt_t A) h_(t-1) + dt_t u_t B_t,  y_t = C_t h_t; channels d, states n, both contiguous; start may be null.
 struct SelectiveScan {
-    int64_t batch, length, width, states;
+    int64_t batch, length, width, states, tile;  // tile: steps between kept states
     int threads;
     const float *u, *dt, *A, *B, *C, *initial;  // [b t d] [b t d] [d n] [b t n] [b t n] [b d n]
     const uint8_t* start;                       // [b t]
     float *y, *final;                           // [b t d] [b d n]
-    float* kept;                                // [b tiles n d], the state before each tile; null if not wanted
+    float* kept;                                // [tiles+1 b d n], the states around the tiles; null if not wanted
 };
 
 struct SelectiveScanBackward {
@@ -24,7 +24,6 @@ struct SelectiveScanBackward {
     float* grad_initial;               // [b d n]
 };
 
-constexpr int64_t TILE = 64;    // steps between kept states
 constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
 
 struct Kernels {

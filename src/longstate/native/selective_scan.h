@@ -1,5 +1,5 @@
 // The selective scan and its gradient. A vector holds as many channels, so that no sum runs across its lanes; a thread
-// takes PIECE channels of one sequence through all tiles of TILE steps, whose rows of u and dt it then finds in its cache.
+// takes PIECE channels of one sequence through tile after tile of steps, whose rows of u and dt it then finds in its cache.
 //
 // Included once for each instruction set, inside namespace longstate::ISA.
 
@@ -72,8 +72,8 @@ static void store_columns(const float* from, int64_t states, const Lanes& c, flo
 }
 
 static void selective_scan(const SelectiveScan& x) {
-    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + TILE - 1) / TILE;
-    const int64_t vectors = PIECE / W, size = x.states * W;
+    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
+    const int64_t vectors = PIECE / W, size = x.states * W, sequence = x.width * x.states;
 #pragma omp parallel for schedule(static) num_threads(x.threads)
     for (int64_t job = 0; job < x.batch * pieces; job++) {
         const int64_t b = job / pieces, first = job % pieces * PIECE;
@@ -83,20 +83,21 @@ static void selective_scan(const SelectiveScan& x) {
             float* own = room.data() + 2 * size * int64_t(all_lanes.size());
             all_lanes.push_back({at, int(std::min<int64_t>(W, x.width - at)), own, own + size});
             load_columns(x.A, x.states, all_lanes.back(), LOG2E, own);
-            load_columns(x.initial + b * x.width * x.states, x.states, all_lanes.back(), 1.f, own + size);
+            load_columns(x.initial + b * sequence, x.states, all_lanes.back(), 1.f, own + size);
         }
         for (int64_t tile = 0; tile < tiles; tile++)
             for (const Lanes& c : all_lanes) {
-                if (x.kept)
-                    for (int64_t n = 0; n < x.states; n++)
-                        store_some(x.kept + ((b * tiles + tile) * x.states + n) * x.width + c.at, load(c.h + n * W), c.count);
-                const int64_t begin = tile * TILE, end = std::min(begin + TILE, x.length);
+                if (x.kept) store_columns(c.h, x.states, c, x.kept + (tile * x.batch + b) * sequence);
+                const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
                 if (x.states == 16)
                     advance<16>(x, b, c, begin, end);
                 else
                     advance<0>(x, b, c, begin, end);
             }
-        for (const Lanes& c : all_lanes) store_columns(c.h, x.states, c, x.final + b * x.width * x.states);
+        for (const Lanes& c : all_lanes) {
+            store_columns(c.h, x.states, c, x.final + b * sequence);
+            if (x.kept) store_columns(c.h, x.states, c, x.kept + (tiles * x.batch + b) * sequence);
+        }
     }
 }
 
@@ -107,14 +108,13 @@ static inline float total(vf x) {
 }
 
 // One tile backwards: states and decays are computed again from the kept state; `adjoint` is dL/dh after the tile, and
-// before it on return. Sums over channels are collected in sums_B and sums_C [TILE n] of vectors.
+// before it on return. Sums over channels are collected in sums_B and sums_C [t n] of vectors.
 static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, int64_t tile, float* adjoint, float* grad_A,
                     float* states_at, float* decays_at, float* sums_B, float* sums_C) {
     const SelectiveScan& x = g.forward;
-    const int64_t N = x.states, tiles = (x.length + TILE - 1) / TILE, size = N * W;
-    const int64_t begin = tile * TILE, end = std::min(begin + TILE, x.length);
-    for (int64_t n = 0; n < N; n++)
-        store(states_at + n * W, load_some(x.kept + ((b * tiles + tile) * N + n) * x.width + c.at, c.count));
+    const int64_t N = x.states, size = N * W;
+    const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
+    load_columns(x.kept + (tile * x.batch + b) * x.width * N, N, c, 1.f, states_at);
     for (int64_t t = begin; t < end; t++) {
         const int64_t row = (b * x.length + t) * x.width + c.at;
         const float* B = x.B + (b * x.length + t) * N;
@@ -151,14 +151,14 @@ static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, i
 
 static void selective_scan_backward(const SelectiveScanBackward& g) {
     const SelectiveScan& x = g.forward;
-    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + TILE - 1) / TILE;
+    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
     const int64_t N = x.states, size = N * W, vectors = PIECE / W;
 #pragma omp parallel for schedule(static) num_threads(x.threads)
     for (int64_t job = 0; job < x.batch * pieces; job++) {
         const int64_t b = job / pieces, piece = job % pieces, first = piece * PIECE;
-        std::vector<float> room(3 * vectors * size), scratch((4 * TILE + 1) * size);
-        float *states_at = scratch.data(), *decays_at = states_at + (TILE + 1) * size;
-        float *sums_B = decays_at + TILE * size, *sums_C = sums_B + TILE * size;
+        std::vector<float> room(3 * vectors * size), scratch((4 * x.tile + 1) * size);
+        float *states_at = scratch.data(), *decays_at = states_at + (x.tile + 1) * size;
+        float *sums_B = decays_at + x.tile * size, *sums_C = sums_B + x.tile * size;
         std::vector<Lanes> all_lanes;
         for (int64_t at = first; at < std::min(first + PIECE, x.width); at += W) {
             float* own = room.data() + 3 * size * int64_t(all_lanes.size());
@@ -167,10 +167,10 @@ static void selective_scan_backward(const SelectiveScanBackward& g) {
             load_columns(g.grad_final + b * x.width * N, N, all_lanes.back(), 1.f, own + size);
         }
         for (int64_t tile = tiles - 1; tile >= 0; tile--) {
-            std::fill_n(sums_B, 2 * TILE * size, 0.f);
+            std::fill_n(sums_B, 2 * x.tile * size, 0.f);
             for (const Lanes& c : all_lanes)
                 retreat(g, b, c, tile, c.h, c.h + size, states_at, decays_at, sums_B, sums_C);
-            const int64_t begin = tile * TILE, end = std::min(begin + TILE, x.length);
+            const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
             for (int64_t i = 0; i < (end - begin) * N; i++) {
                 const int64_t to = ((piece * x.batch + b) * x.length + begin) * N + i;
                 g.grad_B[to] = total(load(sums_B + i * W));

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from .. import native
 from .._errors import nearest
 from .._shapes import Tensor
 
 _LIBRARY = torch.library.Library("longstate", "DEF")
 _LOGGER = logging.getLogger("longstate.ops")
 _BACKENDS: dict[str, tuple[str, ...]] = {}
-_CHOSEN: set[str] = set()
+_CHOSEN: set[tuple[str, str]] = set()
 
 # Why the compiled backends of the house are not there. A backend that exists is registered with its op instead.
 _ABSENT = {
-    "cpu": "this build has no compiled CPU kernels",
+    "cpu": native.reason or "this op has no compiled kernel",
     "triton": "this build has no Triton kernels",
 }
 
@@ -80,18 +81,32 @@ def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
     return function(results) if isinstance(results, Tensor) else tuple(function(x) for x in results)
 
 
-def choose(op: str, backend: str | None) -> str:
-    """Return the backend to run: the preferred one, or the one asked for by name.
+def with_kernel(kernel: Callable[..., Any], portable: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return the backends of an op that has a compiled kernel for the CPU, if kernels were installed."""
+    return {"chunked": portable} if native.kernels is None else {"cpu": kernel, "chunked": portable}
+
+
+def choose(op: str, backend: str | None, refusals: Mapping[str, str] | None = None) -> str:
+    """Return the backend to run: the preferred one of those that take the arguments, or the one asked for by name.
+
+    Args:
+        op: The op.
+        backend: The name asked for, if any.
+        refusals: Why backends do not take the arguments; "" where they do.
 
     Raises:
-        ValueError: If the one asked for does not exist or is not available.
+        ValueError: If the one asked for does not exist, is not available or does not take the arguments.
     """
+    refused = {name: why for name, why in (refusals or {}).items() if why}
     names = _BACKENDS[op]
     if backend is None:
-        if op not in _CHOSEN and not torch.compiler.is_compiling():
-            _CHOSEN.add(op)
-            _LOGGER.info("%s: backend %s", op, names[0])
-        return names[0]
+        name = next(name for name in names if name not in refused)
+        if not torch.compiler.is_compiling() and (op, name) not in _CHOSEN:
+            _CHOSEN.add((op, name))
+            _LOGGER.info("%s: backend %s", op, name)
+        return name
+    if backend in names and backend in refused:
+        raise ValueError(f"{op}(backend={backend!r}): {refused[backend]}. Use 'chunked', or leave it out.")
     if backend in names or backend == "reference":
         return backend
     if backend in _ABSENT:

@@ -9,8 +9,8 @@ import torch
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, differentiated, expect, real_of, register
-from . import chunked, reference
+from .._register import at_least_float32, choose, define, differentiated, expect, real_of, register, with_kernel
+from . import chunked, cpu, reference
 from .discretization import RULES, coefficients
 
 
@@ -79,7 +79,8 @@ def selective_scan(
     h_0 = u.new_zeros(batch, width, n, dtype=dtype) if initial is None else initial.to(dtype)
     real = real_of(dtype)
     arguments = (u.to(real), dt.to(real), A.to(dtype), B.to(dtype), C.to(dtype), h_0, timeline.start, discretization)
-    backend = choose("selective_scan", backend)
+    refusals = {"cpu": cpu.refusal(arguments[0], arguments[2], arguments[3], arguments[4], discretization)}
+    backend = choose("selective_scan", backend, refusals)
     if backend == "reference":
         y, final = reference.selective_scan(*arguments)
     else:
@@ -150,7 +151,7 @@ register(
     "selective_scan",
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial, Tensor? start, str discretization,"
     " bool keep -> (Tensor, Tensor, Tensor)",
-    forward={"chunked": chunked.selective_scan},
+    forward=with_kernel(cpu.selective_scan, chunked.selective_scan),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -159,6 +160,6 @@ define(
     "selective_scan_backward",
     "Tensor grad, Tensor grad_final, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? start,"
     " Tensor beginnings, str discretization -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"chunked": chunked.selective_scan_backward},
+    with_kernel(cpu.selective_scan_backward, chunked.selective_scan_backward),
     _fake_backward,
 )

@@ -1,0 +1,101 @@
+"""Compiled kernels against the reference in float64: any shape, any instruction set, any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from longstate import native, ops
+from ops.test_against_reference import flags, largest_error, run
+
+if native.kernels is None:
+    pytest.skip(native.reason, allow_module_level=True)
+kernels = native.kernels
+
+INSTRUCTIONS = [name for name in ("baseline", "avx2", "avx512") if kernels.use(name)]
+kernels.use(INSTRUCTIONS[-1])
+# Batch, steps, channels, states: none, one, less than a vector, odd, several pieces and tiles.
+SHAPES = [(2, 0, 3, 2), (1, 1, 1, 1), (2, 33, 5, 16), (1, 70, 17, 3), (2, 64, 16, 16), (1, 40, 300, 16), (3, 97, 33, 5)]
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    kernels.use(request.param)
+    yield
+    kernels.use(INSTRUCTIONS[-1])
+
+
+def arguments(b: int, t: int, d: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    torch.manual_seed(b + t + d + n)
+    given = dict(u=torch.randn(b, t, d), dt=torch.rand(b, t, d), A=-3 * torch.rand(d, n), B=torch.randn(b, t, n))
+    given |= dict(C=torch.randn(b, t, n), D=torch.randn(d), initial=torch.randn(b, d, n))
+    return {name: x.to(dtype) for name, x in given.items()} | {"discretization": "zoh-euler"}
+
+
+@pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_selective_scan(shape: tuple[int, ...], marks: str, instructions: None) -> None:
+    """In float32: every sum is of at most a few hundred terms of order 1, each rounded a few times."""
+    given, options = arguments(*shape), flags(marks, *shape[:2])
+    exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    wanted = run(ops.selective_scan, exact, backend="reference", **options)
+    got = run(ops.selective_scan, given, backend="cpu", **options)
+    assert largest_error([x.double() for x in got], [x.double() for x in wanted]) < 3e-6
+
+
+def test_poisoned_memory_and_threads() -> None:
+    """Nothing is read that was not written, and the number of threads changes no bit."""
+    given, options = arguments(3, 70, 530, 16), flags("start", 3, 70)
+    before, found = torch.get_num_threads(), []
+    deterministic = torch.utils.deterministic
+    kept = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(run(ops.selective_scan, given, backend="cpu", **options))
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(kept[0])
+        deterministic.fill_uninitialized_memory = kept[1]
+    for x in found[0]:
+        assert x.isfinite().all()
+    for others in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
+
+
+def test_strides_do_not_matter() -> None:
+    given = arguments(2, 40, 20, 16)
+    strided = {
+        name: x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for name, x in given.items()
+    }
+    strided["u"] = given["u"].transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided["u"].is_contiguous() and not strided["B"].is_contiguous()
+    got, wanted = (run(ops.selective_scan, x, backend="cpu") for x in (strided, given))
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    given = arguments(1, 4, 3, 2)
+    for change, reason in (
+        (dict(discretization="zoh"), "has the rule"),
+        (dict(B=given["B"][0, :3]), "B and C for each step"),
+        ({name: x.double() for name, x in given.items() if name != "discretization"}, "float32 on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ops.selective_scan(**given | change, backend="cpu")
+        ops.selective_scan(**given | change)  # another backend takes it
+
+
+def test_strong_decays_and_steps_of_nothing() -> None:
+    given = arguments(1, 64, 16, 16)
+    for dt in (0.0, 1e-30, 50.0, 1e30):
+        given["dt"] = torch.full_like(given["dt"], dt)
+        exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        y, final = ops.selective_scan(**given, backend="cpu")
+        wanted, wanted_final = ops.selective_scan(**exact, backend="reference")
+        assert largest_error([y.double(), final.double()], [wanted, wanted_final]) < 3e-6, dt
