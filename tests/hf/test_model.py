@@ -335,6 +335,16 @@ def test_mistakes_are_said(make: Make) -> None:
         model()
     with pytest.raises(ValueError, match="wanted either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match=r"input_ids of shape \[20\]"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"input_ids of shape \[2, 20\] and type torch.float32"):
+        model(ids.float())
+    with pytest.raises(ValueError, match=r"cache_implementation='static' came"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=1)
+    with pytest.raises(ValueError, match="a LongstateForCausalLM came, wanted a LanguageModel"):
+        LongstateForCausalLM.from_model(model)
+    with pytest.raises(TypeError, match="unexpected arguments token_type_ids"):
+        model(ids, token_type_ids=ids)
     with pytest.raises(ValueError, match="there are no attention maps"):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 19\]"):
