@@ -370,6 +370,19 @@ def test_a_model_of_ours_is_wrapped(make: Make, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_model_is_saved_over_the_folder_that_it_is_mapped_from(make: Make, tmp_path: Path) -> None:
+    from longstate.hf import load_pretrained
+
+    longstate.save(make().to_model(), tmp_path)
+    model, ids = load_pretrained(tmp_path), tokens()
+    before = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(load_pretrained(tmp_path)(ids).logits, before)
+    with pytest.raises(ValueError, match=r"a LongstateForCausalLM came, wanted a LanguageModel. Give its to_model\(\)"):
+        longstate.save(model, tmp_path)
+
+
 def test_a_model_of_another_family_is_wrapped(tmp_path: Path) -> None:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
