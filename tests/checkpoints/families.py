@@ -284,7 +284,11 @@ def build(name: str, seed: int) -> PreTrainedModel:
     draw = Draw(f"{name} {seed}")
     torch.manual_seed(draw.randrange(2**31))
     cls = getattr(transformers, architecture)
-    model = cls(cls.config_class(**function(draw)))
+    return randomise(cls(cls.config_class(**function(draw))))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Move every tensor of a model off its initial value."""
     with torch.no_grad():
         for key, x in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in key or "normalizer" in key:

@@ -62,6 +62,23 @@ def write_tasks(folder: Path) -> None:
     )
 
 
+def test_a_text_ends_with_a_stop_string(make: Make) -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(i) for i in range(ord("A"), ord("A") + 61)]
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.decoder = decoders.ByteLevel()
+    model, tokens = make(), PreTrainedTokenizerFast(tokenizer_object=made)
+    prompt = tokens("abc", return_tensors="pt")
+    given = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    whole = tokens.decode(model.generate(**prompt, **given)[0])
+    assert len(whole) == 15
+    stop = next(letter for letter in whole[5:] if letter not in whole[:5])
+    ended = model.generate(**prompt, **given, stop_strings=[stop], tokenizer=tokens)[0]
+    assert tokens.decode(ended) == whole[: whole.index(stop) + 1]
+
+
 def log_likelihood(model: LongstateForCausalLM, before: list[int], after: list[int]) -> float:
     """Return the logarithm of the probability of tokens after others, by our own model."""
     with torch.no_grad():

@@ -335,6 +335,16 @@ def test_mistakes_are_said(make: Make) -> None:
         model()
     with pytest.raises(ValueError, match="wanted either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match=r"input_ids of shape \[20\]"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"input_ids of shape \[2, 20\] and type torch.float32"):
+        model(ids.float())
+    with pytest.raises(ValueError, match=r"cache_implementation='static' came"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=1)
+    with pytest.raises(ValueError, match="a LongstateForCausalLM came, wanted a LanguageModel"):
+        LongstateForCausalLM.from_model(model)
+    with pytest.raises(TypeError, match="unexpected arguments token_type_ids"):
+        model(ids, token_type_ids=ids)
     with pytest.raises(ValueError, match="there are no attention maps"):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 19\]"):
@@ -360,6 +370,19 @@ def test_a_model_of_ours_is_wrapped(make: Make, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_model_is_saved_over_the_folder_that_it_is_mapped_from(make: Make, tmp_path: Path) -> None:
+    from longstate.hf import load_pretrained
+
+    longstate.save(make().to_model(), tmp_path)
+    model, ids = load_pretrained(tmp_path), tokens()
+    before = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(load_pretrained(tmp_path)(ids).logits, before)
+    with pytest.raises(ValueError, match=r"a LongstateForCausalLM came, wanted a LanguageModel. Give its to_model\(\)"):
+        longstate.save(model, tmp_path)
+
+
 def test_a_model_of_another_family_is_wrapped(tmp_path: Path) -> None:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 

@@ -58,8 +58,8 @@ def adapted(model: LongstateForCausalLM, **options: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **options))
 
 
-def train(model: Any, folder: Path, **options: Any) -> list[float]:
-    """Fine-tune with Trainer, and return the losses that it logged."""
+def train(model: Any, folder: Path, named: str = "loss", **options: Any) -> list[float]:
+    """Fine-tune with Trainer, and return the losses that it logged under a name."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -74,9 +74,10 @@ def train(model: Any, folder: Path, **options: Any) -> list[float]:
         dataloader_pin_memory=False,
         **given,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts(), data_collator=padded)
+    data = texts()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:6], data_collator=padded)
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry[named] for entry in trainer.state.log_history if named in entry]
 
 
 def drawn(model: Any) -> Any:
@@ -110,6 +111,16 @@ def test_accumulated_steps_are_one_mean_over_tokens(make: Make, tmp_path: Path) 
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3}
         losses.append(train(model, tmp_path, seed=3, learning_rate=1e-3, **options))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [adapted, lambda model: model])
+def test_trainer_evaluates(make: Make, tmp_path: Path, wrap: Callable[..., Any]) -> None:
+    model = wrap(make(layers(["mamba2"])))
+    options = {"max_steps": 2, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    losses = train(model, tmp_path, "eval_loss", **options)
+    with torch.no_grad():
+        expected = model.eval()(**padded(texts()[:6])).loss.item()
+    assert losses == pytest.approx([expected] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
@@ -162,6 +173,18 @@ def test_merged_is_unmerged(make: Make) -> None:
     assert (merged(ids).logits - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
     assert torch.equal(merged.generate(ids, max_new_tokens=15, do_sample=False), written)
     assert torch.equal(merged.to_model()(ids)[0][..., :61], merged(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_weights_split_into_direction_and_size_are_merged(make: Make, name: str) -> None:
+    ids = torch.randint(61, (2, 12))
+    tuned = drawn(adapted(make(layers([name])), use_dora=True))
+    for parameter_name, parameter in tuned.named_parameters():
+        if "magnitude" in parameter_name:
+            parameter.mul_(1.3)
+    unmerged = tuned(input_ids=ids).logits
+    assert (tuned.merge_and_unload()(ids).logits - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
 
 
 @torch.no_grad()

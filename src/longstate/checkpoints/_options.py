@@ -80,8 +80,9 @@ class Options:
         return [known[word] for word in value]
 
     def numbers(self, name: str, default: Sequence[float]) -> list[float]:
-        """Return a list of numbers."""
-        value = self.entries.get(name, default)
+        """Return a list of numbers; the default when it is absent or null."""
+        value = self.entries.get(name)
+        value = default if value is None else value
         if not isinstance(value, list | tuple):
             raise ValueError(f"{self.where}: {name} is {value!r:.100}, wanted a list of numbers")
         return [self._checked(name, x, float) for x in value]

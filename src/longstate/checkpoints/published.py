@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._errors import nearest
 from .._files import replacing
@@ -79,7 +80,7 @@ def load_pretrained(
 
 
 def save(
-    model: LanguageModel,
+    model: nn.Module,
     folder: str | os.PathLike[str],
     family: str | None = None,
     tokens: Mapping[str, Any] | None = None,
@@ -87,14 +88,17 @@ def save(
     """Write a model into a folder, each file whole or not at all.
 
     Args:
-        model: The model.
+        model: A ``LanguageModel``.
         folder: Where to; made if it does not exist.
         family: As transformers reads a family of models, such as "mamba2"; in our own format when absent.
         tokens: Numbers of special tokens that the configuration of a family names, such as ``eos_token_id``.
 
     Raises:
-        ValueError: If the family has no place for an option of the model.
+        ValueError: If the family has no place for an option of the model, or it is another kind of model.
     """
+    if not isinstance(model, LanguageModel):
+        hint = " Give its to_model()." if hasattr(model, "to_model") else ""
+        raise ValueError(f"save: a {type(model).__name__} came, wanted a LanguageModel.{hint}")
     if family is None:
         native.save(model, folder)
         return

@@ -33,6 +33,7 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # it is the one way in which attention is computed
     accepts_loss_kwargs = True  # num_items_in_batch, by which Trainer's accumulated steps are one mean over tokens
     _no_split_modules = ["Block"]  # noqa: RUF012  the names and kinds that transformers reads
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
@@ -47,8 +48,17 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_model(cls, model: LanguageModel) -> LongstateForCausalLM:
-        """Return a model that shares its parameters with this one."""
+    def from_model(cls, model: nn.Module) -> LongstateForCausalLM:
+        """Return a model that shares its parameters with this one.
+
+        Raises:
+            ValueError: If it is not a ``LanguageModel``.
+        """
+        if not isinstance(model, LanguageModel):
+            raise ValueError(
+                f"LongstateForCausalLM.from_model: a {type(model).__name__} came, wanted a LanguageModel. A folder is "
+                f"read by longstate.hf.load_pretrained."
+            )
         with torch.device("meta"):
             wrapped = cls(LongstateConfig(**model.config))
         wrapped.backbone, wrapped.lm_head = model.backbone, model.lm_head
@@ -160,14 +170,19 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, *arguments: Any, **options: Any) -> Any:
         """Prepare a cache, which is ours already where one is wanted."""
-        if generation_config.cache_implementation == "dynamic_full":
-            # What transformers 5.0 wants of assisted decoding: a cache that can be cropped. Ours can.
+        # The second is what transformers 5.0 wants of assisted decoding: a cache that can be cropped. Ours can.
+        if generation_config.cache_implementation in ("dynamic", "dynamic_full"):
             generation_config.cache_implementation = None
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"LongstateForCausalLM: cache_implementation={generation_config.cache_implementation!r} came, but the "
+                f"cache is the model's state. Leave it out."
+            )
         return super()._prepare_cache_for_generation(generation_config, *arguments, **options)  # type: ignore[misc]
 
     def forward(
         self,
-        input_ids: Int[Tensor, "b t"] | None = None,
+        input_ids: Shaped[Tensor, "..."] | None = None,
         attention_mask: Shaped[Tensor, "b s"] | None = None,
         position_ids: Shaped[Tensor, "..."] | None = None,
         past_key_values: Any = None,
@@ -180,12 +195,12 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: Any = None,
         num_items_in_batch: Any = None,
-        shift_labels: Int[Tensor, "b t"] | None = None,
+        **options: Any,
     ) -> Any:
         """Return the logits of the token after each step, the loss if there are labels, and the cache.
 
         Args:
-            input_ids: Token numbers.
+            input_ids: Token numbers ``[b t]``.
             attention_mask: 0 at steps that do not count; of the new steps, or of all that were read and the new ones.
             position_ids: Only what is 0 in it is looked at: there a new sequence begins, of several packed into a row.
             past_key_values: A ``LongstateCache``: what was read before. It holds the new steps as well afterwards.
@@ -198,11 +213,17 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: Whether to return an object with named entries rather than a tuple.
             cache_position: Ignored: the cache knows.
             num_items_in_batch: Divides the sum of losses, in place of the number of labels.
-            shift_labels: The token after each step, in place of ``labels``.
+            options: ``shift_labels``: the token after each step, in place of ``labels``; ``tokenizer``: ignored.
 
         Raises:
+            TypeError: If there are other options.
             ValueError: If arguments do not go together, or ask for attention maps, which there are none of.
         """
+        # Not among the arguments: Trainer computes a loss in evaluation only if every label named there is given.
+        shift_labels = options.pop("shift_labels", None)
+        options.pop("tokenizer", None)  # generate, given one to find stop strings, hands it on
+        if options:
+            raise TypeError(f"LongstateForCausalLM: unexpected arguments {', '.join(sorted(options))}")
         read = self.read(
             input_ids,
             attention_mask,
@@ -233,7 +254,7 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
 
     def read(
         self,
-        input_ids: Int[Tensor, "b t"] | None = None,
+        input_ids: Shaped[Tensor, "..."] | None = None,
         attention_mask: Shaped[Tensor, "b s"] | None = None,
         position_ids: Shaped[Tensor, "..."] | None = None,
         past_key_values: Any = None,
@@ -247,6 +268,12 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LongstateForCausalLM: wanted either input_ids or inputs_embeds")
+        if inputs.ndim != (2 if inputs_embeds is None else 3) or inputs.is_floating_point() != (input_ids is None):
+            raise ValueError(
+                f"LongstateForCausalLM: {'input_ids' if inputs_embeds is None else 'inputs_embeds'} of shape "
+                f"{list(inputs.shape)} and type {inputs.dtype} came; wanted token numbers [batch, time] as input_ids, "
+                f"or numbers [batch, time, channels] as inputs_embeds"
+            )
         if output_attentions:
             raise ValueError("LongstateForCausalLM: there are no attention maps. Leave output_attentions out.")
         cache = self._cache(past_key_values)

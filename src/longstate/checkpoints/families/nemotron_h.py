@@ -139,7 +139,10 @@ def _mamba2(options: Options) -> dict[str, Any]:
         "d_conv": options.first(("mamba_d_conv", "conv_kernel"), 4),
         "n_groups": options.first(("mamba_n_groups", "n_groups"), 8),
         "conv_bias": options.first(("mamba_conv_bias", "use_conv_bias"), True),
-        # No upper limit, and time_step_limit is not looked at.
+        # As transformers has it: a lower limit, no upper one, and time_step_limit is not looked at. NVIDIA's own
+        # modeling_nemotron_h.py, with which the models are published, takes time_step_limit, which is [0, ∞] in all
+        # of them: no limit. There time_step_min says only how Δ begins. So these numbers are not NVIDIA's wherever
+        # Δ < time_step_min (huggingface/transformers, pull request 48989).
         "dt_limit": [options.first(("mamba_dt_min", "time_step_min"), 0.001), math.inf],
     }
 
