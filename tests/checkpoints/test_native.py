@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
-import time
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # what a dispatch mode imports at its first use, which is not to be counted below
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import longstate
+from checkpoints.watch import copy_of, little
 from longstate import LanguageModel
 
 # Apart from the run-time checks, which would see an option of a wrong kind first.
@@ -47,44 +43,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy_of(saved: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in saved.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-LIMIT = 50 * 2**20  # bytes
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Fail when Python or torch allocates a lot, the process grows by a lot, or all this takes long."""
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    tracemalloc.start()
-    try:
-        with _Watch():
-            yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        assert peak < LIMIT and grown < 2 * LIMIT, f"{peak} bytes by Python, {grown} by the process"
-        assert time.monotonic() - begin < 20, "a refusal took long"
-
-
-class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not x.is_meta:
-                assert x.numel() * x.element_size() < LIMIT, f"{func} made {list(x.shape)}"
-        return result
-
-
 def refused(folder: Path, kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)) -> str:
     """Load, and return the message with which that was refused."""
-    with little_memory(), pytest.raises(kinds) as caught:
+    with little(), pytest.raises(kinds) as caught:
         longstate.load(folder)
     message = str(caught.value)
     assert message and len(message) < 2000, message
@@ -181,7 +142,7 @@ def test_flipped_bits(saved: Path, tmp_path_factory: pytest.TempPathFactory, dat
 
 
 def loads_or_is_refused(folder: Path) -> None:
-    with little_memory():
+    with little():
         try:
             loaded = longstate.load(folder)
         except (ValueError, FileNotFoundError) as error:
@@ -345,7 +306,7 @@ def test_a_mile_of_configuration_is_not_read(saved: Path, tmp_path: Path) -> Non
 
 
 def test_the_watch_sees() -> None:
-    with pytest.raises(AssertionError, match="made"), little_memory():
+    with pytest.raises(AssertionError, match="made"), little():
         torch.empty(20 * 2**20)
-    with pytest.raises(AssertionError, match="by Python"), little_memory():
+    with pytest.raises(AssertionError, match="by Python"), little():
         bytes(60 * 2**20)

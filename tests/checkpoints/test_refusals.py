@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
 import subprocess
 import sys
-import time
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from checkpoints import families  # noqa: E402
+from checkpoints.watch import copy_of, little  # noqa: E402
 from longstate import LanguageModel  # noqa: E402
 from longstate.checkpoints import load_pretrained, save  # noqa: E402
 
@@ -30,7 +27,6 @@ from longstate.checkpoints import load_pretrained, save  # noqa: E402
 pytestmark = pytest.mark.compiled
 
 fuzz = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-LIMIT = 50 * 2**20  # bytes
 NAMES = sorted(families.FAMILIES)
 
 
@@ -41,40 +37,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         families.write(name, 3, root / name)
     return root
-
-
-def copy_of(folder: Path, target: Path) -> Path:
-    target.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
-class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fail when torch makes something large."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not x.is_meta:
-                assert x.numel() * x.element_size() < LIMIT, f"{func} made {list(x.shape)}"
-        return result
-
-
-@contextmanager
-def little() -> Iterator[None]:
-    """Fail when memory is taken, or time."""
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    tracemalloc.start()
-    try:
-        with Watch():
-            yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        assert peak < LIMIT and grown < 2 * LIMIT, f"{peak} bytes by Python, {grown} by the process"
-        assert time.monotonic() - begin < 20, "a refusal took long"
 
 
 def refused(folder: Path, **options: Any) -> str:
