@@ -136,6 +136,7 @@ def test_what_cannot_be_is_said(
     folder = published[0]
     shown = run("generate", folder, "--chat", "--prompt", "a", "--state-in", "x", code=2)
     assert "--chat begins a conversation" in shown
+    assert "--chat came without a message" in run("generate", folder, "--chat", code=2)
     with pytest.raises(ValueError, match="does not take these messages"):
         render_chat(folder, [{"role": "tool", "content": "x"}])
     with pytest.raises(ValueError, match="no tokenizer that transformers reads"):

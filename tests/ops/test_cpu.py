@@ -99,3 +99,21 @@ def test_strong_decays_and_steps_of_nothing() -> None:
         y, final = ops.selective_scan(**given, backend="cpu")
         wanted, wanted_final = ops.selective_scan(**exact, backend="reference")
         assert largest_error([y.double(), final.double()], [wanted, wanted_final]) < 3e-6, dt
+
+
+def test_growth_up_to_infinity(instructions: None) -> None:
+    given = arguments(1, 6, 5, 4)
+    given |= dict(dt=torch.ones_like(given["dt"]), initial=torch.ones_like(given["initial"]))
+    for A in (0.5, 14.0, 88.5, 89.0, 1e4):
+        given["A"] = torch.full_like(given["A"], A)
+        got = ops.selective_scan(**given | {"B": 0 * given["B"]}, backend="cpu")[1]
+        wanted = ops.selective_scan(**given | {"B": 0 * given["B"]}, backend="reference")[1]
+        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=0.0)  # of an exponent of 88, rounded, six times
+
+
+@pytest.mark.parametrize("name", ["u", "dt", "A", "B", "C", "initial"])
+def test_what_is_no_number_stays_none(name: str, instructions: None) -> None:
+    given = arguments(1, 6, 17, 16)
+    given[name] = torch.full_like(given[name], float("nan"))
+    y, final = ops.selective_scan(**given, backend="cpu")
+    assert y.isnan().all() and (name == "C" or final.isnan().all())

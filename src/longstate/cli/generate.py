@@ -49,6 +49,8 @@ def command(
         raise ValueError(f"{prompts_file}: line {prompts.index('') + 1} is empty. Give one prompt a line.")
     if chat and (state_in is not None or document is not None):
         raise ValueError("--chat begins a conversation: it cannot follow --state-in or --document. Leave them out.")
+    if chat and prompts == [""]:
+        raise ValueError("--chat came without a message. Give --prompt or --prompts-file.")
     text = read_documents([document])[0] if document is not None else None
     if state_out is not None and not Path(state_out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--state-out {state_out}: there is no such folder. Make it first.")

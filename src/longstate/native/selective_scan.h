@@ -3,10 +3,10 @@
 //
 // Included once for each instruction set, inside namespace longstate::ISA.
 
-// 2^z for z <= 0; below 2^-126 it stays there, which is nothing beside a state.
+// 2^z; below 2^-126 it stays there, which is nothing beside a state; from 2^128 on it is infinite, and NaN stays NaN.
 static inline vf decay(vf z) {
     const vf magic = all(12582912.f);
-    z = most(z, all(-126.f));
+    z = choose(z < all(-126.f), all(-126.f), choose(z > all(128.f), all(128.f), z));
     vf n = z + magic, r = z - (n - magic);
     vf p = all(1.5403530e-4f);
     p = p * r + all(1.3333558e-3f);
