@@ -32,3 +32,16 @@ def address(x: Tensor | None) -> int:
 def threads() -> int:
     """Return the number of threads to use: as many as torch does."""
     return torch.get_num_threads()
+
+
+def rows(x: Tensor | None) -> tuple[int, int, int, bool]:
+    """Return how a kernel finds the rows of ``[b t d]``, whose neighbours in a row lie side by side; zeros for none."""
+    if x is None:
+        return 0, 0, 0, False
+    batch, row, _ = x.stride()
+    return x.data_ptr(), batch, row, x.dtype == torch.bfloat16
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """Return a tensor as it is where neighbours in a row lie side by side; a copy of which it is true elsewhere."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

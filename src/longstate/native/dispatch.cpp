@@ -5,6 +5,11 @@
 
 namespace longstate {
 
+extern const Kernels baseline_kernels;
+#ifdef LONGSTATE_X86
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
 const Kernels* choose_kernels(const char* name) {
     const Kernels* found[3] = {&baseline_kernels};
     int count = 1;

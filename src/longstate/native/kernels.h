@@ -1,42 +1,63 @@
-// What a kernel takes, and the table of kernels that there is one of for each instruction set.
+// What each kernel takes, and the table of kernels that there is one of for each instruction set.
 //
-// Addresses, sizes and strides only: nothing here knows of PyTorch. Sizes are counted in numbers, never in bytes.
+// Addresses, sizes and strides only: nothing here knows of PyTorch. Sizes and strides are counted in numbers, never in
+// bytes. Every field has eight bytes: Python gives one number for each, in their order (module.cpp).
 #pragma once
 #include <cstdint>
 
 namespace longstate {
 
-// h_t = e^(dt_t A) h_(t-1) + dt_t u_t B_t,  y_t = C_t h_t; channels d, states n, both contiguous; start may be null.
+// Rows [batch time width] of float32 or bfloat16, neighbours in a row side by side; sequences and steps at any distance.
+struct Rows {
+    char* at;  // null if there are none
+    int64_t batch, row;
+    int64_t narrow;  // bfloat16
+
+    explicit operator bool() const { return at != nullptr; }
+    char* address(int64_t b, int64_t t, int64_t i) const { return at + (b * batch + t * row + i) * (narrow ? 2 : 4); }
+};
+
+struct Elementwise {
+    int64_t function;  // exp, log, softplus, sigmoid
+    const float* x;
+    float* y;
+    int64_t count;
+};
+
+// h_t = e^(dt_t A) h_(t-1) + dt_t u_t B_t,  y_t = C_t h_t; channels d, states n.
 struct SelectiveScan {
-    int64_t batch, length, width, states, tile;  // tile: steps between kept states
-    int threads;
-    const float *u, *dt, *A, *B, *C, *initial;  // [b t d] [b t d] [d n] [b t n] [b t n] [b d n]
-    const uint8_t* start;                       // [b t]
-    float *y, *final;                           // [b t d] [b d n]
-    float* kept;                                // [tiles+1 b d n], the states around the tiles; null if not wanted
+    int64_t batch, length, width, states, tile, threads;  // tile: steps between kept states
+    Rows u, dt, B, C;                                     // [b t d] [b t d] [b t n] [b t n]
+    const float *A, *initial;                             // [d n] [b d n]
+    const uint8_t* start;                                 // [b t], may be null
+    Rows y;                                               // [b t d]
+    float *final, *kept;                                  // [b d n] [tiles+1 b d n]: the states around tiles; null if not wanted
 };
 
 struct SelectiveScanBackward {
-    SelectiveScan forward;             // with kept; y and final are not used
-    const float *grad, *grad_final;    // of y and final
-    float *grad_u, *grad_dt, *grad_A;  // [b t d] [b t d] [b d n]: of A for each sequence
-    float *grad_B, *grad_C;            // [pieces b t n]: for each piece of channels
-    float* grad_initial;               // [b d n]
+    SelectiveScan forward;    // with kept; initial, y and final are not used
+    Rows grad;                // of y
+    const float* grad_final;  // of final
+    Rows grad_u, grad_dt;     // [b t d]
+    float* grad_A;            // [b d n]: for each sequence
+    float *grad_B, *grad_C;   // [pieces b t n]: for each piece of channels
+    float* grad_initial;      // [b d n]
 };
 
 constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
 
+// Every kernel: its name and what it takes. Declared, tabled and bound from this list.
+#define LONGSTATE_KERNELS(KERNEL)                     \
+    KERNEL(elementwise, Elementwise)                  \
+    KERNEL(selective_scan, SelectiveScan)             \
+    KERNEL(selective_scan_backward, SelectiveScanBackward)
+
 struct Kernels {
     const char* name;
-    void (*elementwise)(int function, const float* x, float* y, int64_t count);  // exp, log, softplus, sigmoid
-    void (*selective_scan)(const SelectiveScan&);
-    void (*selective_scan_backward)(const SelectiveScanBackward&);
+#define MEMBER(name, Arguments) void (*name)(const Arguments&);
+    LONGSTATE_KERNELS(MEMBER)
+#undef MEMBER
 };
-
-extern const Kernels baseline_kernels;
-#ifdef LONGSTATE_X86
-extern const Kernels avx2_kernels, avx512_kernels;
-#endif
 
 // The best that this processor runs; or the one of that name, null if it does not run here.
 const Kernels* choose_kernels(const char* name);

@@ -4,6 +4,7 @@
 
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
 constexpr int W = WIDTH;
 
 static inline vf all(float x) { return x - vf{}; }
@@ -37,15 +38,48 @@ static inline vf load_some(const float* p, int count) {
 static inline void store_some(float* p, vf x, int count) { std::memcpy(p, &x, 4 * (count < W ? count : W)); }
 
 // bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
+typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
+
+static inline vf widen(vh x) { return number(__builtin_convertvector(x, vi) << 16); }
+static inline vh narrow(vf x) {
+    vu b;
+    std::memcpy(&b, &x, sizeof b);
+    return __builtin_convertvector(x == x ? (b + 0x7fff + ((b >> 16) & 1)) >> 16 : (b >> 16) | 0x40, vh);
+}
 static inline float widen(uint16_t x) {
-    uint32_t y = uint32_t(x) << 16;
+    const uint32_t y = uint32_t(x) << 16;
     float z;
     std::memcpy(&z, &y, 4);
     return z;
 }
-static inline uint16_t narrow(float x) {
-    uint32_t y;
-    std::memcpy(&y, &x, 4);
-    if ((y & 0x7fffffff) > 0x7f800000) return uint16_t((y >> 16) | 0x40);
-    return uint16_t((y + 0x7fff + ((y >> 16) & 1)) >> 16);
+
+// The numbers [i, i + count) of a row; the other lanes are zero.
+static inline vf read(const Rows& x, int64_t b, int64_t t, int64_t i, int count = W) {
+    const char* p = x.address(b, t, i);
+    if (!x.narrow) return load_some(reinterpret_cast<const float*>(p), count);
+    vh y{};
+    std::memcpy(&y, p, 2 * (count < W ? count : W));
+    return widen(y);
+}
+static inline void write(const Rows& x, int64_t b, int64_t t, int64_t i, vf value, int count = W) {
+    char* p = x.address(b, t, i);
+    if (!x.narrow) return store_some(reinterpret_cast<float*>(p), value, count);
+    const vh y = narrow(value);
+    std::memcpy(p, &y, 2 * (count < W ? count : W));
+}
+
+// One row as float32, wherever it was: itself if it is, else widened into `room`.
+static inline const float* read_row(const Rows& x, int64_t b, int64_t t, int64_t width, float* room) {
+    if (!x.narrow) return reinterpret_cast<const float*>(x.address(b, t, 0));
+    for (int64_t i = 0; i < width; i += W) {
+        const int count = int(std::min<int64_t>(W, width - i));
+        store_some(room + i, read(x, b, t, i, count), count);
+    }
+    return room;
+}
+
+static inline float total(vf x) {
+    float sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
 }

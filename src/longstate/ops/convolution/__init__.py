@@ -10,7 +10,7 @@ from torch.nn.functional import pad, silu
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Compaction, Timeline, segments, zero_where_invalid
-from .._register import at_least_float32, choose, define, expect, register
+from .._register import at_least_float32, call, choose, define, expect, register
 from . import chunked, reference
 
 __all__ = ["long", "short"]
@@ -116,7 +116,7 @@ def _convolve(
     if backend == "reference":
         y = reference.convolution(padded.to(dtype), taps.to(dtype), segment)
     else:
-        y = getattr(torch.ops.longstate, op)(padded.to(dtype), taps.to(dtype), segment, backend)
+        y = call(op, padded.to(dtype), taps.to(dtype), segment, backend=backend)
     if bias is not None:
         y = y + bias.to(dtype)
     if activation == "silu":

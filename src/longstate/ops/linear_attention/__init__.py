@@ -8,7 +8,7 @@ import torch
 
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, differentiated, expect, register
+from .._register import at_least_float32, call, choose, define, differentiated, expect, register
 from . import chunked, reference
 
 
@@ -77,7 +77,8 @@ def linear_attention(
     if backend == "reference":
         y, final = reference.linear_attention(q, k, v, log_decay, state, timeline.start)
     else:
-        y, final, _ = torch.ops.longstate.linear_attention(q, k, v, log_decay, state, timeline.start, keep, backend)
+        arguments = (q, k, v, log_decay, state, timeline.start, keep)
+        y, final, _ = call("linear_attention", *arguments, backend=backend)
     return y.to(output), final
 
 

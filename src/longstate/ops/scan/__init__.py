@@ -8,7 +8,7 @@ import torch
 
 from ..._shapes import Bool, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, expect, register
+from .._register import at_least_float32, call, choose, expect, register
 from . import chunked, reference
 
 
@@ -51,7 +51,7 @@ def scan(
     a, b = _masked(a.to(dtype), b.to(dtype), timeline)
     h_0 = b.new_zeros(b.shape[0], *b.shape[2:]) if initial is None else initial.to(dtype)
     backend = choose("scan", backend)
-    h, final = reference.scan(a, b, h_0) if backend == "reference" else torch.ops.longstate.scan(a, b, h_0, backend)
+    h, final = reference.scan(a, b, h_0) if backend == "reference" else call("scan", a, b, h_0, backend=backend)
     return zero_where_invalid(h, timeline.valid).to(output), final
 
 

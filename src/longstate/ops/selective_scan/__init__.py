@@ -9,7 +9,7 @@ import torch
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, choose, define, differentiated, expect, real_of, register, with_kernel
+from .._register import at_least_float32, call, choose, define, differentiated, expect, real_of, register, with_kernel
 from . import chunked, cpu, reference
 from .discretization import RULES, coefficients
 
@@ -85,7 +85,7 @@ def selective_scan(
         y, final = reference.selective_scan(*arguments)
     else:
         keep = differentiated(*(x for x in arguments if isinstance(x, Tensor)))
-        y, final, _ = torch.ops.longstate.selective_scan(*arguments, keep, backend)
+        y, final, _ = call("selective_scan", *arguments, keep, backend=backend)
     if D is not None:
         y = torch.addcmul(y, D.to(real), arguments[0])
     return zero_where_invalid(y, timeline.valid).to(u.dtype), final

@@ -31,15 +31,12 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what ``chunked.selective_scan`` returns."""
     assert native.kernels is not None
-    u, dt, A, B, C, initial = (x.contiguous() for x in (u, dt, A, B, C, initial))
-    start = None if start is None else start.contiguous()
-    y, final = torch.empty_like(u), torch.empty_like(initial)
+    y, final = torch.empty(u.shape, dtype=u.dtype), torch.empty(initial.shape)
     chunks = -(-u.shape[1] // CHUNK)
     kept = initial.new_empty(chunks + 1, *initial.shape) if keep else initial.new_empty(0)
+    tensors, arguments = _given(u, dt, A, B, C, initial.contiguous(), start)
     native.kernels.selective_scan(
-        *_sizes(u, A),
-        *map(native.address, (u, dt, A, B, C, initial, start, y, final, kept if keep else None)),
-        native.threads(),
+        *arguments, *native.rows(y), native.address(final), native.address(kept if keep else None)
     )
     return y, final, kept
 
@@ -58,21 +55,34 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, dt, A, B, C and the initial state."""
     assert native.kernels is not None
-    given = [x.contiguous() for x in (u, dt, A, B, C)]
-    start = None if start is None else start.contiguous()
-    beginnings, grad, grad_final = beginnings.contiguous(), grad.contiguous(), grad_final.contiguous()
+    tensors, arguments = _given(u, dt, A, B, C, None, start)
+    beginnings, grad, grad_final = beginnings.contiguous(), native.in_rows(grad), grad_final.contiguous()
     pieces = -(-u.shape[2] // native.kernels.PIECE)
-    grad_u, grad_dt, grad_initial = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(grad_final)
-    grad_A = torch.empty_like(grad_final)
-    grad_B, grad_C = (x.new_empty(pieces, *x.shape) for x in given[3:])
-    results = (grad_u, grad_dt, grad_A, grad_B, grad_C, grad_initial)
+    grad_u, grad_dt = (torch.empty(x.shape, dtype=x.dtype) for x in (u, dt))
+    grad_A, grad_initial = torch.empty(grad_final.shape), torch.empty(grad_final.shape)
+    grad_B, grad_C = (x.new_empty(pieces, *x.shape) for x in (B, C))
     native.kernels.selective_scan_backward(
-        *_sizes(u, A),
-        *map(native.address, (*given, start, beginnings, grad, grad_final, *results)),
-        native.threads(),
+        *arguments,
+        *native.rows(None),
+        0,
+        native.address(beginnings),
+        *native.rows(grad),
+        native.address(grad_final),
+        *native.rows(grad_u),
+        *native.rows(grad_dt),
+        *map(native.address, (grad_A, grad_B, grad_C, grad_initial)),
     )
     return grad_u, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_initial
 
 
-def _sizes(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    return (*u.shape, A.shape[1], CHUNK)
+def _given(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, start: Tensor | None
+) -> tuple[list[Tensor], list[int]]:
+    """Return the tensors that must stay alive, and what the kernels begin with."""
+    given = [native.in_rows(x) for x in (u, dt, B, C)]
+    A = A.contiguous()
+    start = None if start is None else start.contiguous()
+    alive = [*given, A, *(x for x in (initial, start) if x is not None)]
+    sizes = [*u.shape, A.shape[1], CHUNK, native.threads()]
+    where = [number for x in given for number in native.rows(x)]
+    return alive, [*sizes, *where, *map(native.address, (A, initial, start))]

@@ -10,8 +10,8 @@ static inline vf scale(vf x, vi k) {
     return x * number((half + 127) << 23) * number((k - half + 127) << 23);
 }
 
-// e^x = 2^k e^r with |r| <= ln 2 / 2.
-static inline vf exp(vf x) {
+// e^x = 2^k e^r with |r| <= ln 2 / 2; what its last rounding dropped goes into `rest`.
+static inline vf exp(vf x, vf& rest) {
     const vf magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
     vf c = most(least(x, all(89.f)), all(-105.f));
     vf n = c * all(1.44269504089f) + magic;
@@ -25,8 +25,14 @@ static inline vf exp(vf x) {
     p = p * r + all(4.1665795894e-2f);
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
-    vf y = scale(p * (r * r) + r + all(1.f), k);
-    return choose(x == x, y, x);
+    vf q = p * (r * r) + r, y = q + all(1.f);
+    rest = scale(q - (y - all(1.f)), k);
+    return choose(x == x, scale(y, k), x);
+}
+
+static inline vf exp(vf x) {
+    vf rest;
+    return exp(x, rest);
 }
 
 // log x = k ln 2 + log m with m in [sqrt 1/2, sqrt 2).
@@ -52,15 +58,20 @@ static inline vf log(vf x) {
     return choose(x >= all(0.f), z, all(NAN));
 }
 
-// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the quotient mends the rounding of 1 + e.
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the rounding of 1 + e is known and comes back by the derivative.
 static inline vf softplus(vf x) {
-    vf e = exp(-absolute(x)), w = all(1.f) + e, d = w - all(1.f);
-    vf l = choose(d == all(0.f), e, log(w) * (e / choose(d == all(0.f), all(1.f), d)));
+    vf rest, e = exp(-absolute(x), rest), w = all(1.f) + e;
+    vf l = log(w) + (e - (w - all(1.f)) + rest) / w;
     vf y = most(x, all(0.f)) + l;
     return choose(x == x, y, x);
 }
 
+// 1 / (1 + e) or e / (1 + e), e = e^-|x|, and one step of Newton's with what was rounded.
 static inline vf sigmoid(vf x) {
-    vf e = exp(-absolute(x)), r = all(1.f) / (all(1.f) + e);
-    return choose(x >= all(0.f), r, choose(x == x, e * r, x));
+    vf rest, e = exp(-absolute(x), rest), w = all(1.f) + e;
+    vi above = x >= all(0.f);
+    vf inverse = all(1.f) / w, numerator = choose(above, all(1.f), e), r = numerator * inverse;
+    vf dropped = e - (w - all(1.f)) + rest;
+    r += (numerator - r * w + choose(above, all(0.f), rest) - r * dropped) * inverse;
+    return choose(x == x, r, x);
 }

@@ -1,7 +1,8 @@
 // The selective scan and its gradient. A vector holds as many channels, so that no sum runs across its lanes; a thread
 // takes PIECE channels of one sequence through tile after tile of steps, whose rows of u and dt it then finds in its cache.
-//
-// Included once for each instruction set, inside namespace longstate::ISA.
+#include "isa.h"
+
+namespace longstate::ISA {
 
 // 2^z; below 2^-126 it stays there, which is nothing beside a state; from 2^128 on it is infinite, and NaN stays NaN.
 static inline vf decay(vf z) {
@@ -31,8 +32,7 @@ struct Lanes {
 template <int N>
 static void advance(const SelectiveScan& x, int64_t b, const Lanes& c, int64_t begin, int64_t end) {
     const int64_t states = N ? N : x.states;
-    const float *u = x.u + b * x.length * x.width + c.at, *dt = x.dt + b * x.length * x.width + c.at;
-    float* y = x.y + b * x.length * x.width + c.at;
+    std::vector<float> room(2 * states);
     vf h[N ? N : 1];
     for (int n = 0; n < N; n++) h[n] = load(c.h + n * W);
     for (int64_t t = begin; t < end; t++) {
@@ -40,8 +40,8 @@ static void advance(const SelectiveScan& x, int64_t b, const Lanes& c, int64_t b
             for (int n = 0; n < N; n++) h[n] = vf{};
             if (!N) std::fill_n(c.h, states * W, 0.f);
         }
-        const float *B = x.B + (b * x.length + t) * states, *C = x.C + (b * x.length + t) * states;
-        vf step = load_some(dt + t * x.width, c.count), input = load_some(u + t * x.width, c.count) * step;
+        const float *B = read_row(x.B, b, t, states, room.data()), *C = read_row(x.C, b, t, states, room.data() + states);
+        vf step = read(x.dt, b, t, c.at, c.count), input = read(x.u, b, t, c.at, c.count) * step;
         vf sum[4] = {};
         if constexpr (N > 0) {
 #pragma GCC unroll 16
@@ -56,7 +56,7 @@ static void advance(const SelectiveScan& x, int64_t b, const Lanes& c, int64_t b
                 sum[n % 4] += s * all(C[n]);
             }
         }
-        store_some(y + t * x.width, (sum[0] + sum[1]) + (sum[2] + sum[3]), c.count);
+        write(x.y, b, t, c.at, (sum[0] + sum[1]) + (sum[2] + sum[3]), c.count);
     }
     for (int n = 0; n < N; n++) store(c.h + n * W, h[n]);
 }
@@ -71,7 +71,7 @@ static void store_columns(const float* from, int64_t states, const Lanes& c, flo
         for (int64_t n = 0; n < states; n++) to[(c.at + i) * states + n] = from[n * W + i];
 }
 
-static void selective_scan(const SelectiveScan& x) {
+void selective_scan(const SelectiveScan& x) {
     const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
     const int64_t vectors = PIECE / W, size = x.states * W, sequence = x.width * x.states;
 #pragma omp parallel for schedule(static) num_threads(x.threads)
@@ -101,12 +101,6 @@ static void selective_scan(const SelectiveScan& x) {
     }
 }
 
-static inline float total(vf x) {
-    float sum = 0;
-    for (int i = 0; i < W; i++) sum += x[i];
-    return sum;
-}
-
 // One tile backwards: states and decays are computed again from the kept state; `adjoint` is dL/dh after the tile, and
 // before it on return. Sums over channels are collected in sums_B and sums_C [t n] of vectors.
 static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, int64_t tile, float* adjoint, float* grad_A,
@@ -114,12 +108,12 @@ static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, i
     const SelectiveScan& x = g.forward;
     const int64_t N = x.states, size = N * W;
     const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
+    std::vector<float> room(2 * N);
     load_columns(x.kept + (tile * x.batch + b) * x.width * N, N, c, 1.f, states_at);
     for (int64_t t = begin; t < end; t++) {
-        const int64_t row = (b * x.length + t) * x.width + c.at;
-        const float* B = x.B + (b * x.length + t) * N;
+        const float* B = read_row(x.B, b, t, N, room.data());
         const bool starts = x.start && x.start[b * x.length + t];
-        vf step = load_some(x.dt + row, c.count), input = load_some(x.u + row, c.count) * step;
+        vf step = read(x.dt, b, t, c.at, c.count), input = read(x.u, b, t, c.at, c.count) * step;
         float *before = states_at + (t - begin) * size, *a = decays_at + (t - begin) * size;
         for (int64_t n = 0; n < N; n++) {
             vf d = starts ? vf{} : decay(step * load(c.a + n * W));
@@ -128,9 +122,9 @@ static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, i
         }
     }
     for (int64_t t = end - 1; t >= begin; t--) {
-        const int64_t row = (b * x.length + t) * x.width + c.at;
-        const float *B = x.B + (b * x.length + t) * N, *C = x.C + (b * x.length + t) * N;
-        vf step = load_some(x.dt + row, c.count), u = load_some(x.u + row, c.count), grad = load_some(g.grad + row, c.count);
+        const float *B = read_row(x.B, b, t, N, room.data()), *C = read_row(x.C, b, t, N, room.data() + N);
+        vf step = read(x.dt, b, t, c.at, c.count), u = read(x.u, b, t, c.at, c.count);
+        vf grad = read(g.grad, b, t, c.at, c.count);
         vf input = u * step, from_B{}, from_a{};
         const float *before = states_at + (t - begin) * size, *a = decays_at + (t - begin) * size;
         float *sum_B = sums_B + (t - begin) * size, *sum_C = sums_C + (t - begin) * size;
@@ -144,12 +138,12 @@ static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, i
             store(grad_A + n * W, load(grad_A + n * W) + flow * step);
             store(adjoint + n * W, decayed);
         }
-        store_some(g.grad_u + row, from_B * step, c.count);
-        store_some(g.grad_dt + row, from_B * u + from_a * all(1 / LOG2E), c.count);
+        write(g.grad_u, b, t, c.at, from_B * step, c.count);
+        write(g.grad_dt, b, t, c.at, from_B * u + from_a * all(1 / LOG2E), c.count);
     }
 }
 
-static void selective_scan_backward(const SelectiveScanBackward& g) {
+void selective_scan_backward(const SelectiveScanBackward& g) {
     const SelectiveScan& x = g.forward;
     const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
     const int64_t N = x.states, size = N * W, vectors = PIECE / W;
@@ -183,3 +177,5 @@ static void selective_scan_backward(const SelectiveScanBackward& g) {
         }
     }
 }
+
+}  // namespace longstate::ISA

@@ -1,0 +1,20 @@
+// The elementary functions by themselves, so that their accuracy can be tested.
+#include "isa.h"
+
+namespace longstate::ISA {
+
+void elementwise(const Elementwise& x) {
+    for (int64_t i = 0; i < x.count; i += W) {
+        const int count = int(std::min<int64_t>(W, x.count - i));
+        vf v = load_some(x.x + i, count);
+        switch (x.function) {
+            case 0: v = exp(v); break;
+            case 1: v = log(v); break;
+            case 2: v = softplus(v); break;
+            default: v = sigmoid(v);
+        }
+        store_some(x.y + i, v, count);
+    }
+}
+
+}  // namespace longstate::ISA
