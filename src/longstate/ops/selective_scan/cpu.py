@@ -34,7 +34,7 @@ def selective_scan(
     y, final = torch.empty(u.shape, dtype=u.dtype), torch.empty(initial.shape)
     chunks = -(-u.shape[1] // CHUNK)
     kept = initial.new_empty(chunks + 1, *initial.shape) if keep else initial.new_empty(0)
-    tensors, arguments = _given(u, dt, A, B, C, initial.contiguous(), start)
+    _alive, arguments = _given(u, dt, A, B, C, initial.contiguous(), start)
     native.kernels.selective_scan(
         *arguments, *native.rows(y), native.address(final), native.address(kept if keep else None)
     )
@@ -55,7 +55,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, dt, A, B, C and the initial state."""
     assert native.kernels is not None
-    tensors, arguments = _given(u, dt, A, B, C, None, start)
+    _alive, arguments = _given(u, dt, A, B, C, None, start)
     beginnings, grad, grad_final = beginnings.contiguous(), native.in_rows(grad), grad_final.contiguous()
     pieces = -(-u.shape[2] // native.kernels.PIECE)
     grad_u, grad_dt = (torch.empty(x.shape, dtype=x.dtype) for x in (u, dt))
