@@ -1,0 +1,402 @@
+"""Speed on a CPU: ours, transformers, mambapy and llama.cpp on the same weights, in one run; prints Markdown.
+
+    python benchmarks/cpu.py [--only prefill,decode,train,mamba2,scan,length,import] [--repeats 5] [--quick]
+
+Peers, as far as they are installed: pip install transformers mambapy gguf llama-cpp-python (the last is compiled).
+Models: a Mamba and a Mamba-2 of 130M parameters, random weights, written once in the layout of transformers (into
+--folder, or a temporary one: 2 GB) and read by all sides, whose logits and gradients are compared before anything is
+timed. What is compared is timed in turn, round by round, after one round that does not count, since the speed of a
+machine wanders; a table shows the median (least–most) of the rounds, and ratios are medians of the ratios within each
+round. One training step of transformers without mambapy takes minutes: it is measured once, without warming up. The
+whole takes about half an hour, so parts can be run one by one; --quick (two layers, few tokens) shows that all of it
+works, and its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peers import LlamaCpp, Longstate, Transformers, missing, parameters, versions
+from torch.nn import functional
+
+import longstate
+from longstate import native, ops
+
+LAYERS = {"mamba": {"mixer": "mamba"}, "mamba2": {"mixer": "mamba2", "d_state": 128, "head_dim": 64}}
+# Largest difference of logits or gradients from ours in float32, as a share of the largest: more is another model.
+TOLERANCE = {"float32": 1e-4, "f32": 1e-4, "f16": 2e-2, "bfloat16": 1e-1, "int8": 2e-1}
+
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    layers: int = 24
+    prefill: int = 512
+    steps: int = 32
+    train: int = 256
+    scan: int = 2048
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+
+
+QUICK = Sizes(2, 48, 4, 32, 128, (64, 128, 256))
+
+
+class Run(NamedTuple):
+    """What a part needs to know."""
+
+    sizes: Sizes
+    repeats: int
+    folder: Path
+
+    def model(self, name: str) -> Path:
+        """Return the folder of a model, written if it is not there."""
+        folder = self.folder / f"{name}-{self.sizes.layers}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            model = longstate.LanguageModel(50280, 768, [LAYERS[name]] * self.sizes.layers)
+            longstate.save(model, folder, family=name)
+        return folder
+
+
+Times = dict[str, list[float]]  # seconds of each round
+
+
+def rounds(contenders: Mapping[str, Callable[[], float | None]], repeats: int, once: Sequence[str] = ()) -> Times:
+    """Measure all in turn; a contender returns the seconds that count, or None: those that it took."""
+    times: Times = {name: [] for name in contenders}
+    for i in range(-1, repeats):
+        for name, call in contenders.items():
+            if i >= 0 if name not in once else i == 0:
+                begin = time.perf_counter()
+                seconds = call()
+                times[name].append(time.perf_counter() - begin if seconds is None else seconds)
+            elif name not in once:
+                call()
+    return times
+
+
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    """Return the median, the least and the most."""
+    values = sorted(values)
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (once)"
+    return f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f}–{values[-1]:.{digits}f})"
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Return the median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=False))
+
+
+def table(*rows: Sequence[object]) -> None:
+    """Print a Markdown table, the head first."""
+    head, *body = rows
+    for row in (head, ["---"] * len(head), *body):
+        print("| " + " | ".join(map(str, row)) + " |")
+    print(flush=True)
+
+
+def difference(found: torch.Tensor, ours: torch.Tensor, dtype: str) -> str:
+    """Return max |found − ours| / max |ours|, and refuse if it is not the same function."""
+    value = float((found.float() - ours.float()).abs().max() / ours.float().abs().max())
+    if not value <= TOLERANCE[dtype]:
+        raise SystemExit(f"not the same outputs: they differ by {value:.2g} in {dtype}")
+    return f"{value:.1e}"
+
+
+def opened(run: Run, name: str, peers: Sequence[tuple[str, str]], longest: int) -> tuple[dict, list[list[str]]]:
+    """Return (name, type) → model of those that can be had, and rows that say why others cannot."""
+    folder, found, absent = run.model(name), {}, []
+    for peer, dtype in peers:
+        why = missing(peer)
+        if dtype == "int8" and not hasattr(longstate, "compression"):
+            why = "not measured: there is no longstate.compression"
+        if why:
+            absent.append([peer, dtype, why])
+        elif peer == "Longstate":
+            found[peer, dtype] = Longstate(folder, dtype)
+        elif peer == "llama.cpp":
+            found[peer, dtype] = LlamaCpp(folder, dtype, longest)
+        else:
+            found[peer, dtype] = Transformers(folder, dtype, mambapy=peer == "mambapy")
+    return found, absent
+
+
+def random_tokens(batch: int, length: int) -> torch.Tensor:
+    """Return the same tokens every time."""
+    return torch.randint(50280, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def prefill(run: Run, name: str = "mamba", narrow: bool = True) -> None:
+    """Read a text from the initial state: logits of all tokens, or of the last alone."""
+    length = run.sizes.prefill
+    print(f"### {name}: prefill of {length} tokens\n")
+    peers = [("Longstate", "float32"), ("transformers", "float32")]
+    if narrow:
+        more = [("llama.cpp", "f32"), ("Longstate", "bfloat16"), ("transformers", "bfloat16"), ("llama.cpp", "f16")]
+        peers += more
+    models, absent = opened(run, name, peers, max(length, 512))
+    tokens, rows = random_tokens(1, length), []
+    for logits, last in (("all", False), ("last", True)):
+        ours = models["Longstate", "float32"].prefill(tokens, last)
+        checks = {key: difference(model.prefill(tokens, last), ours, key[1]) for key, model in models.items()}
+        times = rounds(
+            {key: partial(_discard, model.prefill, tokens, last) for key, model in models.items()}, run.repeats
+        )
+        for (peer, dtype), seconds in times.items():
+            same = times["Longstate", "bfloat16" if dtype in ("bfloat16", "f16") else "float32"]
+            rate = spread(length / x for x in seconds)
+            rows.append([peer, dtype, logits, rate, f"{ratio(seconds, same):.2f} ×", checks[peer, dtype]])
+    head = ("", "type", "logits", "tokens/s", "Longstate is faster by", "difference of the logits")
+    table(head, *rows, *([*row[:2], "", row[2], "", ""] for row in absent))
+
+
+def _discard(call: Callable, *arguments: object) -> None:
+    call(*arguments)
+
+
+def read_bandwidth(buffer: mmap.mmap) -> float:
+    """Return the seconds that reading a buffer takes, by the fastest of several ways."""
+    x = torch.frombuffer(buffer, dtype=torch.float32)
+    ones, pieces = torch.ones(8192), np.array_split(x.numpy(), 8)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ways: list[Callable[[], object]] = [
+            x.sum,
+            partial(torch.mv, x.view(-1, 8192), ones),
+            partial(torch.dot, x, x),
+            lambda: list(pool.map(np.max, pieces)),
+        ]
+        return min(min(rounds({"": partial(_discard, way)}, 1)[""]) for way in ways)
+
+
+def memory(size: int) -> mmap.mmap:
+    """Return so much memory, all pages present, in huge ones where there are."""
+    buffer = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(buffer, dtype=torch.float32).fill_(1)
+    return buffer
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of the weights: the tied embedding counts once, since the head reads all of it."""
+    tensors = {x.data_ptr(): x for x in (*model.parameters(), *model.buffers())}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def decode(run: Run, name: str = "mamba", narrow: bool = True) -> None:
+    """Read one token at a time, beside the time that reading the weights takes."""
+    steps = run.sizes.steps
+    print(f"### {name}: decoding, one token at a time ({steps} in a row)\n")
+    peers = [("Longstate", "float32"), ("transformers", "float32")]
+    if narrow:
+        peers = [(who, x) for who in ("Longstate", "transformers") for x in ("float32", "bfloat16")]
+        peers += [("Longstate", "int8"), ("llama.cpp", "f32"), ("llama.cpp", "f16")]
+    models, absent = opened(run, name, peers, 512)
+    tokens, checks = random_tokens(4, 8), {}
+    ours = models["Longstate", "float32"].prefill(tokens[:1], True)
+    for key, model in models.items():
+        for token in tokens[:1].split(1, 1):
+            logits = model.step(token)
+        checks[key] = difference(logits, ours, key[1])
+
+    def several(model: Longstate | Transformers | LlamaCpp, token: torch.Tensor) -> float:
+        model.restart()
+        model.step(token)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            model.step(token)
+        return (time.perf_counter() - begin) / steps
+
+    contenders = {(*key, 1): partial(several, model, tokens[:1, :1]) for key, model in models.items()}
+    if narrow:
+        wide = [key for key in models if key[0] == "Longstate"]
+        contenders |= {(*key, 4): partial(several, models[key], tokens[:, :1]) for key in wide}
+    buffer = memory(2**30 if run.sizes != QUICK else 2**24)
+    times = rounds({"memory": partial(read_bandwidth, buffer), **contenders}, run.repeats)
+    seconds_per_byte = [x / len(buffer) for x in times.pop("memory")]
+    base, rows = times["Longstate", "float32", 1], []
+    for (peer, dtype, batch), seconds in times.items():
+        size = weight_bytes(models[peer, dtype].model) if peer == "Longstate" else None
+        limit = f"{ratio([size * x for x in seconds_per_byte], seconds):.0%}" if size else ""
+        read = f"{size / 1e6:.0f}" if size else ""
+        rate = spread(batch / x for x in seconds)
+        relative = f"{batch * ratio(base, seconds):.2f} ×"
+        rows.append([peer, dtype, batch, rate, relative, read, limit, checks[peer, dtype]])
+    head = ("", "type", "batch", "tokens/s", "of Longstate float32", "weights, MB", "of the memory limit", "difference")
+    table(head, *rows, *([*row[:2], 1, row[2], "", "", "", ""] for row in absent))
+    print(f"Memory is read at {spread(1e-9 / x for x in seconds_per_byte)} GB/s; the limit is that over the weights.\n")
+
+
+def train(run: Run, name: str = "mamba") -> None:
+    """Run forward and backward of the mean cross-entropy; no optimiser on any side."""
+    length = run.sizes.train
+    print(f"### {name}: training step of {length} tokens, forward and backward, float32\n")
+    peers = ("Longstate", "transformers", *(["mambapy"] if name == "mamba" else []))
+    models, absent = opened(run, name, [(peer, "float32") for peer in peers], length)
+    tokens = random_tokens(1, length + 1)
+
+    def step(peer: Longstate | Transformers) -> float:
+        model = peer.model.train()
+        model.zero_grad(set_to_none=True)
+        begin = time.perf_counter()
+        output = model(tokens[:, :-1])
+        logits = output[0] if isinstance(peer, Longstate) else output.logits
+        functional.cross_entropy(logits[0], tokens[0, 1:]).backward()
+        return time.perf_counter() - begin
+
+    slow = [key for key in models if key[0] == "transformers"] if name == "mamba" else []
+    times = rounds({key: partial(step, model) for key, model in models.items()}, run.repeats, once=slow)
+    ours, base, rows = parameters(models["Longstate", "float32"].model), times["Longstate", "float32"], []
+    for (peer, dtype), seconds in times.items():
+        # All gradients are those of the last step.
+        grads = {n: p.grad for n, p in parameters(models[peer, dtype].model).items()}
+        worst = max((difference(grads[n], p.grad, dtype) for n, p in ours.items()), key=float)
+        label = {"mambapy": "transformers with mambapy"}.get(peer, peer)
+        rows.append([label, spread(seconds, 2), f"{ratio(seconds, base):.1f} ×", worst])
+    head = ("", "seconds", "Longstate is faster by", "largest difference of a gradient")
+    table(head, *rows, *((peer, why, "", "") for peer, _, why in absent))
+
+
+def mamba2(run: Run) -> None:
+    """Do the same with Mamba-2, in float32."""
+    prefill(run, "mamba2", narrow=False)
+    decode(run, "mamba2", narrow=False)
+    train(run, "mamba2")
+
+
+def scan(run: Run) -> None:
+    """Run the selective scan alone."""
+    length, width, n = run.sizes.scan, 1536, 16
+    print(f"### selective_scan alone: B=1 L={length} D={width} N={n}, float32\n")
+    torch.manual_seed(0)
+    u, dt = torch.randn(1, length, width), torch.rand(1, length, width) / 10
+    A, B, C = -torch.arange(1.0, n + 1).repeat(width, 1), torch.randn(1, length, n), torch.randn(1, length, n)
+    inputs = [x.requires_grad_() for x in (u, dt, A, B, C, torch.ones(width))]
+    grad = torch.randn(1, length, width)
+
+    def backward() -> float:
+        y, _ = ops.selective_scan(*inputs)
+        begin = time.perf_counter()
+        torch.autograd.grad(y, inputs, grad)
+        return time.perf_counter() - begin
+
+    @torch.no_grad()
+    def forward() -> None:
+        ops.selective_scan(*inputs)
+
+    times = rounds({"forward": forward, "backward": backward}, 4 * run.repeats)
+    updates = length * width * n
+    rows = [
+        (
+            name,
+            spread(1e3 * x for x in seconds),
+            spread((updates / x / 1e9 for x in seconds), 2),
+            f"{ratio(seconds, times['forward']):.2f} ×",
+        )
+        for name, seconds in times.items()
+    ]
+    table(("", "ms", "10⁹ state updates/s", "of forward"), *rows)
+
+
+def length(run: Run) -> None:
+    """Read short and long texts in one call, logits of the last token: time in turn, memory in fresh processes."""
+    short, *_, long = run.sizes.lengths
+    print(f"### mamba: prefill of {long} tokens against {short}, in one call, float32, logits of the last token\n")
+    model = Longstate(run.model("mamba"), "float32")
+    calls = {n: partial(_discard, model.prefill, random_tokens(1, n), True) for n in (short, long)}
+    times = rounds(calls, run.repeats)
+    each = {n: [1e6 * x / n for x in seconds] for n, seconds in times.items()}
+    rows = [(n, spread(x, 0), f"{ratio(x, each[short]) - 1:+.1%}") for n, x in each.items()]
+    table(("tokens", "µs per token", f"over {short}"), *rows)
+    peaks, rows = {}, []
+    for n in run.sizes.lengths:
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, __file__, "--threads", threads, "--peak", str(run.model("mamba")), str(n)]
+        peaks[n] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for before, n in zip((0, *peaks), peaks, strict=False):
+        slope = f"{(peaks[n] - peaks[before]) / (n - before) / 1024:.1f}" if before else ""
+        rows.append((n, f"{peaks[n] / 2**20:.0f}", slope))
+    table(("tokens", "peak of memory over that of 64 tokens, MiB", "KiB per token more"), *rows)
+
+
+def peak_memory(folder: Path, length: int) -> int:
+    """Return the bytes that reading so many tokens adds to the peak of resident memory."""
+
+    def peak() -> int:
+        # Not getrusage: a process begins with its parent's peak there.
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+    model = Longstate(folder, "float32")
+    model.prefill(random_tokens(1, 64), True)
+    before = peak()
+    model.prefill(random_tokens(1, length), True)
+    return peak() - before
+
+
+def import_(run: Run) -> None:
+    """Import in fresh processes."""
+    print("### import longstate beyond import torch\n")
+    command = [sys.executable, "-c", IMPORTS]
+    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(run.repeats + 1)]
+    first, then = zip(*(map(float, x.split()) for x in found[1:]), strict=True)
+    table(("", "seconds"), ("import torch", spread(first, 3)), ("import longstate, after it", spread(then, 3)))
+
+
+IMPORTS = """
+from time import perf_counter as now
+times = [now()]
+import torch
+times.append(now())
+import longstate
+print(times[1] - times[0], now() - times[1])
+"""
+PARTS = {part.__name__.rstrip("_"): part for part in (prefill, decode, train, mamba2, scan, length, import_)}
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where models are kept for the next run")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        print(peak_memory(Path(arguments.peak[0]), int(arguments.peak[1])))
+        return
+    if unknown := [x for x in arguments.only.split(",") if x not in PARTS]:
+        parser.error(f"--only: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    kernels = f"compiled kernels for {native.instructions()}" if native.kernels else f"no kernels: {native.reason}"
+    print(
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads, {kernels};"
+    )
+    print(f"Python {platform.python_version()}, {versions()}. {arguments.repeats} rounds.\n", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        sizes = QUICK if arguments.quick else Sizes()
+        run = Run(sizes, arguments.repeats, arguments.folder or Path(temporary))
+        for part in arguments.only.split(","):
+            PARTS[part](run)
+
+
+if __name__ == "__main__":
+    main()
