@@ -27,8 +27,10 @@ NEEDED = {"transformers": ["transformers"], "mambapy": ["transformers", "mambapy
 PACKAGES = {"llama_cpp": "llama-cpp-python"}
 
 
-def missing(peer: str) -> str:
-    """Return what must be installed for a peer, or "" if all is there."""
+def missing(peer: str, dtype: str) -> str:
+    """Return why a peer cannot be measured; "" if it can."""
+    if dtype == "int8" and find_spec("longstate.compression") is None:
+        return "not measured: this Longstate has no int8"
     absent = [PACKAGES.get(name, name) for name in NEEDED.get(peer, []) if find_spec(name) is None]
     return f"not measured: {' and '.join(absent)} not installed" if absent else ""
 
