@@ -4,11 +4,11 @@
 
 Peers, as far as they are installed: pip install transformers mambapy gguf llama-cpp-python (the last is compiled).
 Models: a Mamba and a Mamba-2 of 130M parameters, random weights, written once in the layout of transformers (into
---folder, or a temporary one: 2 GB) and read by all sides, whose logits and gradients are compared before anything is
-timed. What is compared is timed in turn, round by round, after one round that does not count, since the speed of a
+--folder, or a temporary one: 2 GB) and read by all sides; where their logits or gradients differ from ours by more than
+rounding, the run ends. What is compared is timed in turn, round by round, after one round that does not count, since the speed of a
 machine wanders; a table shows the median (least–most) of the rounds, and ratios are medians of the ratios within each
 round. One training step of transformers without mambapy takes minutes: it is measured once, without warming up. The
-whole takes about half an hour, so parts can be run one by one; --quick (two layers, few tokens) shows that all of it
+whole takes tens of minutes, so parts can be run one by one; --quick (two layers, few tokens) shows that all of it
 works, and its figures mean nothing.
 """
 
@@ -38,8 +38,9 @@ import longstate
 from longstate import native, ops
 
 LAYERS = {"mamba": {"mixer": "mamba"}, "mamba2": {"mixer": "mamba2", "d_state": 128, "head_dim": 64}}
-# Largest difference of logits or gradients from ours in float32, as a share of the largest: more is another model.
-TOLERANCE = {"float32": 2e-5, "f32": 2e-5, "f16": 2e-3, "bfloat16": 2e-2, "int8": 1e-1}
+# Largest difference from ours in float32, as a share of the largest number: beyond it, it is another model. Much
+# cancels in the gradients of decays, which are sums over time.
+TOLERANCE = {"float32": 2e-5, "f32": 2e-5, "f16": 2e-3, "bfloat16": 2e-2, "int8": 1e-1, "gradient": 2e-4}
 
 
 class Sizes(NamedTuple):
@@ -260,10 +261,10 @@ def train(run: Run, name: str = "mamba") -> None:
     slow = [key for key in models if key[0] == "transformers"] if name == "mamba" else []
     times = rounds({key: partial(step, model) for key, model in models.items()}, run.repeats, once=slow)
     ours, base, rows = parameters(models["Longstate", "float32"].model), times["Longstate", "float32"], []
-    for (peer, dtype), seconds in times.items():
+    for (peer, _), seconds in times.items():
         # All gradients are those of the last step.
-        grads = {n: p.grad for n, p in parameters(models[peer, dtype].model).items()}
-        worst = max((difference(grads[n], p.grad, dtype) for n, p in ours.items()), key=float)
+        grads = {n: p.grad for n, p in parameters(models[peer, "float32"].model).items()}
+        worst = max((difference(grads[n], p.grad, "gradient") for n, p in ours.items()), key=float)
         label = {"mambapy": "transformers with mambapy"}.get(peer, peer)
         rows.append([label, spread(seconds, 2), f"{ratio(seconds, base):.1f} ×", worst])
     head = ("", "seconds", "Longstate is faster by", "largest difference of a gradient")
