@@ -4,12 +4,12 @@
 
 Peers, as far as they are installed: pip install transformers mambapy gguf llama-cpp-python (the last is compiled).
 Models: a Mamba and a Mamba-2 of 130M parameters, random weights, written once in the layout of transformers (into
---folder, or a temporary one: 2 GB) and read by all sides; where their logits or gradients differ from ours by more than
-rounding, the run ends. What is compared is timed in turn, round by round, after one round that does not count, since the speed of a
-machine wanders; a table shows the median (least–most) of the rounds, and ratios are medians of the ratios within each
-round. One training step of transformers without mambapy takes minutes: it is measured once, without warming up. The
-whole takes tens of minutes, so parts can be run one by one; --quick (two layers, few tokens) shows that all of it
-works, and its figures mean nothing.
+--folder, or a temporary one: 2 GB) and read by all sides; where their logits or gradients differ from ours by more
+than rounding, the run ends. What is compared is timed in turn, round by round, after one round that does not count,
+since the speed of a machine wanders; a table shows the median (least–most) of the rounds, and ratios are medians of
+the ratios within each round. One training step of transformers without mambapy takes minutes: it is measured once,
+without warming up. The whole takes tens of minutes, so parts can be run one by one; --quick (two layers, few tokens)
+shows that all of it works, and its figures mean nothing.
 """
 
 from __future__ import annotations
