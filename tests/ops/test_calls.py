@@ -166,7 +166,7 @@ def registered() -> dict[str, dict[str, Any]]:
     )
     q, k, v, g, S = t(2, 5, 2, 3), t(2, 5, 2, 3), t(2, 5, 4, 3), -torch.rand(2, 5, 4).double(), t(2, 4, 3, 3)
     segment = start.cumsum(1)
-    one = dict(start=start, discretization="zoh", keep=True, backend="chunked", segment=segment)
+    one = dict(start=start, valid=~start, discretization="zoh", keep=True, backend="chunked", segment=segment)
     return {
         "scan": dict(a=torch.rand(2, 5, 3).double().requires_grad_(), b=t(2, 5, 3), initial=t(2, 3)) | one,
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,

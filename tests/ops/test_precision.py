@@ -83,11 +83,12 @@ def test_gradients_are_those_measured(make: Callable[..., Any], kind: str, marks
     assert torch.autograd.gradcheck(of_tensors, [arguments[n].requires_grad_() for n in names], fast_mode=True)
 
 
+@pytest.mark.parametrize("marks", ["", "start valid"])
 @pytest.mark.parametrize("kind", ["fixed", "step", "fixed complex", "step complex"])
-def test_scan_is_differentiable_twice(kind: str) -> None:
+def test_scan_is_differentiable_twice(kind: str, marks: str) -> None:
     _, arguments = scan_case(kind, 1, 4, torch.float64)
-    values = [x.requires_grad_() for x in arguments.values()]
-    assert torch.autograd.gradgradcheck(lambda a, b, initial: ops.scan(a, b, initial), values)
+    values, options = [x.requires_grad_() for x in arguments.values()], flags(marks, 1, 4)
+    assert torch.autograd.gradgradcheck(lambda a, b, initial: ops.scan(a, b, initial, **options), values)
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["head", "channel"])

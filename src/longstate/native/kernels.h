@@ -44,13 +44,33 @@ struct SelectiveScanBackward {
     float* grad_initial;      // [b d n]
 };
 
+// h_t = a_t h_(t-1) + b_t of numbers, or of pairs (re, im); the width counts floats. A fixed a is rows at a distance of 0.
+struct Scan {
+    int64_t batch, length, width, pairs, threads;
+    Rows a;                        // [b t w]
+    const float* initial;          // [b w]; null if zero
+    const uint8_t *start, *valid;  // [b t], may be null
+    Rows b, h;                     // [b t w]
+    float* final;                  // [b w]
+};
+
+struct ScanBackward {
+    Scan forward;             // with what it gave as h; b and final are not used
+    Rows grad;                // of h
+    const float* grad_final;  // of final
+    Rows grad_a, grad_b;      // [b t w]; that of a fixed a is [b 1 w], float32 and at a distance of 0: for each sequence
+    float* grad_initial;      // [b w]
+};
+
 constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
 #define LONGSTATE_KERNELS(KERNEL)                     \
     KERNEL(elementwise, Elementwise)                  \
     KERNEL(selective_scan, SelectiveScan)             \
-    KERNEL(selective_scan_backward, SelectiveScanBackward)
+    KERNEL(selective_scan_backward, SelectiveScanBackward) \
+    KERNEL(scan, Scan)                                \
+    KERNEL(scan_backward, ScanBackward)
 
 struct Kernels {
     const char* name;

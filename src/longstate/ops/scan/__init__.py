@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..._shapes import Bool, Inexact, Tensor
-from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, expect, register
-from . import chunked, reference
+from ...timeline import Timeline
+from .._register import at_least_float32, call, choose, define, expect, register, with_kernel
+from . import chunked, cpu, reference
 
 
 def scan(
@@ -46,13 +46,22 @@ def scan(
     if initial is not None:
         expect("scan", "initial", initial, (b.shape[0], *b.shape[2:]))
     dtype = at_least_float32(a, b) if initial is None else at_least_float32(a, b, initial)
-    output = torch.promote_types(b.dtype, torch.complex32) if dtype.is_complex and not b.is_complex() else b.dtype
-    timeline = Timeline(start=start, valid=valid).expand(*b.shape[:2])
-    a, b = _masked(a.to(dtype), b.to(dtype), timeline)
-    h_0 = b.new_zeros(b.shape[0], *b.shape[2:]) if initial is None else initial.to(dtype)
-    backend = choose("scan", backend)
-    h, final = reference.scan(a, b, h_0) if backend == "reference" else call("scan", a, b, h_0, backend=backend)
-    return zero_where_invalid(h, timeline.valid).to(output), final
+    output = b.dtype
+    if dtype.is_complex and not b.is_complex():
+        output = torch.promote_types(b.dtype, torch.complex32)
+    if start is not None or valid is not None:
+        _, start, valid = Timeline(None, start, valid).expand(*b.shape[:2])
+    backend = choose("scan", backend, {"cpu": cpu.refusal(a, b, dtype)})
+    if backend != "cpu" or dtype.is_complex:
+        a, b = a.to(dtype), b.to(dtype)
+    if initial is not None:
+        initial = initial.to(dtype)
+    if backend == "reference":
+        h_0 = b.new_zeros(b.shape[0], *b.shape[2:]) if initial is None else initial
+        h, final = reference.scan(a, b, h_0, start, valid)
+    else:
+        h, final = call("scan", a, b, initial, start, valid, backend=backend)
+    return h.to(output), final
 
 
 def scan_decay(
@@ -79,48 +88,49 @@ def scan_decay(
                 "scan_decay(length=…): start and valid need coefficients for each step. Expand a to [b t …]."
             )
         return a**length
-    return _masked(a, a, Timeline(start=start, valid=valid).expand(*a.shape[:2]))[0].prod(1)
+    return chunked.masked(a, a, *Timeline(None, start, valid).expand(*a.shape[:2])[1:])[0].prod(1)
 
 
-def _masked(a: Tensor, b: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
-    """Write starts and steps that do not count into the coefficients and inputs."""
-    for mask, value in ((timeline.valid, 1), (None if timeline.start is None else ~timeline.start, 0)):
-        if mask is not None:
-            keep = mask.view(*mask.shape, *[1] * (b.ndim - 2))
-            a = torch.where(keep, a, value)
-            if value == 1:
-                b = torch.where(keep, b, 0)
-    return a, b
+def _fake(
+    a: Tensor, b: Tensor, initial: Tensor | None, start: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(b), b.new_empty(b.shape[0], *b.shape[2:], dtype=at_least_float32(b))
 
 
-def _fake(a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b), torch.empty_like(initial)
+def _fake_backward(grad: Tensor, grad_final: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(grad), torch.empty_like(grad_final)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, initial, ctx.backend = inputs
-    ctx.save_for_backward(a, initial, output[0])
+    a, _, *others, ctx.backend = inputs
+    ctx.save_for_backward(a, *others, output[0])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    """λ_t = g_t + ā_{t+1} ∘ λ_{t+1}: the same op, backwards in time; so that it can be differentiated again."""
-    a, initial, h = ctx.saved_tensors
-    if h.shape[1] == 0:
-        return torch.zeros_like(a), grad, grad_final, None
-    conjugate, per_step = a.conj().resolve_conj(), a.ndim == h.ndim
-    grad = torch.cat([grad[:, :-1], grad[:, -1:] + grad_final[:, None]], 1)
-    reversed_a = torch.cat([torch.zeros_like(conjugate[:, :1]), conjugate[:, 1:].flip(1)], 1) if per_step else conjugate
-    adjoint = torch.ops.longstate.scan(reversed_a, grad.flip(1), torch.zeros_like(initial), ctx.backend)[0].flip(1)
-    grad_a = adjoint * torch.cat([initial[:, None], h[:, :-1]], 1).conj()
-    first = conjugate[:, 0] if per_step else conjugate
-    return grad_a if per_step else grad_a.sum((0, 1)), adjoint, first * adjoint[:, 0], None
+    given = (grad, grad_final, *ctx.saved_tensors)
+    if torch.is_grad_enabled():  # these gradients are to be differentiated: a kernel's could not be
+
+        def states(a: Tensor, b: Tensor) -> Tensor:
+            return torch.ops.longstate.scan(a, b, None, None, None, ctx.backend)[0]
+
+        grad_a, grad_b, grad_initial = chunked.scan_backward(*given, states=states)
+    else:
+        grad_a, grad_b, grad_initial = torch.ops.longstate.scan_backward(*given, ctx.backend)
+    return grad_a, grad_b, None if ctx.saved_tensors[1] is None else grad_initial, None, None, None
 
 
 register(
     "scan",
-    "Tensor a, Tensor b, Tensor initial -> (Tensor, Tensor)",
-    forward={"chunked": chunked.scan},
+    "Tensor a, Tensor b, Tensor? initial, Tensor? start, Tensor? valid -> (Tensor, Tensor)",
+    forward=with_kernel(cpu.scan, chunked.scan),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+define(
+    "scan_backward",
+    "Tensor grad, Tensor grad_final, Tensor a, Tensor? initial, Tensor? start, Tensor? valid, Tensor h"
+    " -> (Tensor, Tensor, Tensor)",
+    with_kernel(cpu.scan_backward, chunked.scan_backward),
+    _fake_backward,
 )
