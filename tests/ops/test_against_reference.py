@@ -142,3 +142,19 @@ def test_pieces_equal_the_whole(make: Callable[..., Any], kind: str, marks: str)
         y, state = function(**given | {name: given[name][:, at] for name in timed} | {"initial": state})
         outputs.append(y)
     assert largest_error([torch.cat(outputs, 1), state], [whole, final]) < 1e-10
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", None])
+def test_what_stands_around_the_selective_scan(backend: str | None) -> None:
+    """Step, decay, skip and gate, written out."""
+    b, t, d, n = 2, 9, 3, 4
+    u, dt, gate = (torch.randn(b, t, d, dtype=torch.float64) for _ in range(3))
+    log_A, D, bias = (torch.randn(*s, dtype=torch.float64) for s in ((d, n), (d,), (d,)))
+    B, C = (torch.randn(b, t, n, dtype=torch.float64) for _ in "BC")
+    elapsed = torch.rand(b, t, dtype=torch.float64)
+    step = torch.log(1 + torch.exp(dt + bias)) * elapsed[..., None]
+    y, final = ops.selective_scan(u, step, -torch.exp(log_A), B, C)
+    wanted = (y + D * u) * gate / (1 + torch.exp(-gate))
+    options = dict(gate=gate, dt_bias=bias, dt_softplus=True, elapsed=elapsed, log_A=True)
+    got = ops.selective_scan(u, dt, log_A, B, C, D, **options, backend=backend)
+    torch.testing.assert_close(got, (wanted, final), rtol=1e-12, atol=1e-12)

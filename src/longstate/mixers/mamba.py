@@ -131,20 +131,20 @@ class Mamba(Mixer):
         u, z = self.in_proj(x).chunk(2, -1)
         u, window = self.conv1d(u, None if state is None else state.conv, timeline)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dtype = state_dtype(self.A_log)
-        dt = functional.softplus(self.dt_proj(self.dt_norm(low)).to(dtype))
-        if timeline.dt is not None:
-            dt = dt * timeline.dt.to(dtype)[..., None]
         y, ssm = selective_scan(
             u,
-            dt,
-            -self.A_log.to(dtype).exp(),
+            self.dt_proj(self.dt_norm(low)),
+            self.A_log,
             self.B_norm(B),
             self.C_norm(C),
             self.D,
             None if state is None else state.ssm,
+            gate=z,
+            dt_softplus=True,
+            elapsed=timeline.dt,
+            log_A=True,
             start=timeline.start,
             valid=timeline.valid,
         )
-        y = self.out_proj(y * functional.silu(z))
+        y = self.out_proj(y)
         return zero_where_invalid(y, timeline.valid), MambaState(window, ssm)

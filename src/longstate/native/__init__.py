@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -34,14 +35,34 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def single(x: Tensor | None) -> Tensor | None:
+    """Return a parameter as the kernels read it: side by side, in float32."""
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
+
+
 def rows(x: Tensor | None) -> tuple[int, int, int, bool]:
     """Return how a kernel finds the rows of ``[b t d]``, whose neighbours in a row lie side by side; zeros for none."""
     if x is None:
         return 0, 0, 0, False
     batch, row, _ = x.stride()
-    return x.data_ptr(), batch, row, x.dtype == torch.bfloat16
+    return x.data_ptr(), batch, row, x.dtype is torch.bfloat16
 
 
 def in_rows(x: Tensor) -> Tensor:
     """Return a tensor as it is where neighbours in a row lie side by side; a copy of which it is true elsewhere."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Return whether all tensors are of a type that kernels read, and in the memory of the CPU."""
+    return all(x is None or (x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu) for x in tensors)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for a result; a large one in large pages, whose first use costs a third."""
+    x = torch.empty(shape, dtype=dtype)
+    if kernels is not None and x.nbytes >= 1 << 22:
+        kernels.advise(x.data_ptr(), x.nbytes)
+    return x

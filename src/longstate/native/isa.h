@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
+#if WIDTH == 16
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 

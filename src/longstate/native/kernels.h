@@ -24,24 +24,25 @@ struct Elementwise {
     int64_t count;
 };
 
-// h_t = e^(dt_t A) h_(t-1) + dt_t u_t B_t,  y_t = C_t h_t; channels d, states n.
+// step_t = elapsed_t f(dt_t + bias), f softplus or nothing;  h_t = e^(step_t A) h_(t-1) + step_t u_t B_t,
+// y_t = (C_t h_t + D u_t) silu(gate_t); channels d, states n. All but u, dt, B, C, A and initial may be absent.
 struct SelectiveScan {
-    int64_t batch, length, width, states, tile, threads;  // tile: steps between kept states
-    Rows u, dt, B, C;                                     // [b t d] [b t d] [b t n] [b t n]
-    const float *A, *initial;                             // [d n] [b d n]
-    const uint8_t* start;                                 // [b t], may be null
-    Rows y;                                               // [b t d]
-    float *final, *kept;                                  // [b d n] [tiles+1 b d n]: the states around tiles; null if not wanted
+    int64_t batch, length, width, states, tile, softplus, log_A, threads;  // tile: steps between kept states
+    Rows u, dt, gate, B, C;                                               // [b t d] three times, [b t n] twice
+    const float *A, *D, *bias, *initial;  // [d n] (or log(-A), if log_A), [d], [d], [b d n]
+    const float* elapsed;                 // [b t]
+    const uint8_t* start;                 // [b t]
+    Rows y;                               // [b t d]
+    float *final, *kept;  // [b d n]; [tiles b d n], the state before each tile, null if not wanted
 };
 
 struct SelectiveScanBackward {
-    SelectiveScan forward;    // with kept; initial, y and final are not used
-    Rows grad;                // of y
-    const float* grad_final;  // of final
-    Rows grad_u, grad_dt;     // [b t d]
-    float* grad_A;            // [b d n]: for each sequence
-    float *grad_B, *grad_C;   // [pieces b t n]: for each piece of channels
-    float* grad_initial;      // [b d n]
+    SelectiveScan forward;            // with kept; initial, y and final are not used
+    Rows grad;                        // of y
+    const float* grad_final;          // of final
+    Rows grad_u, grad_dt, grad_gate;  // [b t d]
+    float *grad_A, *grad_D, *grad_bias, *grad_initial;  // [b d n], [b d], [b d]: for each sequence; [b d n]
+    float *grad_B, *grad_C, *grad_elapsed;              // [pieces b t n], [pieces b t]: for each piece of channels
 };
 
 // h_t = a_t h_(t-1) + b_t of numbers, or of pairs (re, im); the width counts floats. A fixed a is rows at a distance of 0.

@@ -1,5 +1,8 @@
 // What Python calls: each kernel as a function of the numbers in its struct, in their order. No lock is held meanwhile.
 #include <nanobind/nanobind.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstring>
 #include <type_traits>
@@ -43,6 +46,14 @@ NB_MODULE(_native, m) {
         const Kernels* found = choose_kernels(name);
         if (found) kernels = found;
         return found != nullptr;
+    });
+    // Large pages for memory that will be written whole; a wish, which systems without them may pass over.
+    m.def("advise", [](uintptr_t begin, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+        constexpr uintptr_t page = 1 << 21;
+        const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+        if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
     });
 #define BINDING(name, Arguments)                              \
     m.def(#name, [](const nb::args& given) {                  \

@@ -1,180 +1,124 @@
-// The selective scan and its gradient. A vector holds as many channels, so that no sum runs across its lanes; a thread
-// takes PIECE channels of one sequence through tile after tile of steps, whose rows of u and dt it then finds in its cache.
-#include "isa.h"
+// The selective scan.
+#include "selective_scan.h"
 
 namespace longstate::ISA {
 
-// 2^z; below 2^-126 it stays there, which is nothing beside a state; from 2^128 on it is infinite, and NaN stays NaN.
-static inline vf decay(vf z) {
-    const vf magic = all(12582912.f);
-    z = choose(z < all(-126.f), all(-126.f), choose(z > all(128.f), all(128.f), z));
-    vf n = z + magic, r = z - (n - magic);
-    vf p = all(1.5403530e-4f);
-    p = p * r + all(1.3333558e-3f);
-    p = p * r + all(9.6181291e-3f);
-    p = p * r + all(5.5504109e-2f);
-    p = p * r + all(2.4022651e-1f);
-    p = p * r + all(6.9314718e-1f);
-    p = p * r + all(1.f);
-    return number(bits(p) + (bits(n) << 23));
+static void finish(const SelectiveScan& x, const Tile& p, Field sums) {
+    for (int64_t t = p.begin; t < p.end; t++)
+        for (int64_t v = 0; v < p.vectors(); v++) {
+            vf y = sums.of(v)[t - p.begin];
+            if (x.gate) {
+                const vf z = read(x.gate, p.b, t, p.channel(v), p.count(v));
+                y *= z * sigmoid(z);
+            }
+            write(x.y, p.b, t, p.channel(v), y, p.count(v));
+        }
 }
 
-constexpr float LOG2E = 1.44269504089f;
-
-// The channels of one vector: where they are, and A log2 e and the state with states as rows.
-struct Lanes {
-    int64_t at;
-    int count;
-    float *a, *h;
+// What the recurrence of a tile works on: the vector of channels at `channel`, `a` and `h` from the first of K states on.
+// Rows of B and C have x.states.
+struct Part {
+    int64_t channel;
+    Columns a, h, steps, inputs, sums;
+    const float *B, *C;
 };
 
-// Take the state of some channels through steps [begin, end); N is the number of states if known, else 0.
-template <int N>
-static void advance(const SelectiveScan& x, int64_t b, const Lanes& c, int64_t begin, int64_t end) {
-    const int64_t states = N ? N : x.states;
-    std::vector<float> room(2 * states);
-    vf h[N ? N : 1];
-    for (int n = 0; n < N; n++) h[n] = load(c.h + n * W);
-    for (int64_t t = begin; t < end; t++) {
-        if (x.start && x.start[b * x.length + t]) {
-            for (int n = 0; n < N; n++) h[n] = vf{};
-            if (!N) std::fill_n(c.h, states * W, 0.f);
-        }
-        const float *B = read_row(x.B, b, t, states, room.data()), *C = read_row(x.C, b, t, states, room.data() + states);
-        vf step = read(x.dt, b, t, c.at, c.count), input = read(x.u, b, t, c.at, c.count) * step;
-        vf sum[4] = {};
-        if constexpr (N > 0) {
+template <int K>
+static void advance(const SelectiveScan& x, const Tile& p, const Part& s) {
+    vf h[K];
+    for (int n = 0; n < K; n++) h[n] = s.h[n];
+    for (int64_t t = 0; t < p.steps(); t++) {
+        if (starts(x, p.b, p.begin + t))
+            for (int n = 0; n < K; n++) h[n] = vf{};
+        const float *B = s.B + t * x.states, *C = s.C + t * x.states;
+        const vf step = s.steps[t], input = s.inputs[t];
+        vf sum[4] = {s.sums[t]};
+        // Rows lie too far from each other for the machine to foresee which are next.
+        for (const Rows* rows : {&x.u, &x.dt, &x.gate})
+            if (*rows) __builtin_prefetch(rows->address(p.b, p.end + t, s.channel), 0, 2);
+        __builtin_prefetch(x.y.address(p.b, p.begin + t, s.channel), 1, 2);
 #pragma GCC unroll 16
-            for (int n = 0; n < N; n++) {
-                h[n] = decay(step * load(c.a + n * W)) * h[n] + input * all(B[n]);
-                sum[n % 4] += h[n] * all(C[n]);
-            }
-        } else {
-            for (int64_t n = 0; n < states; n++) {
-                vf s = decay(step * load(c.a + n * W)) * load(c.h + n * W) + input * all(B[n]);
-                store(c.h + n * W, s);
-                sum[n % 4] += s * all(C[n]);
-            }
+        for (int n = 0; n < K; n++) {
+            h[n] = power(step * s.a[n]) * h[n] + input * all(B[n]);
+            sum[n % 4] += h[n] * all(C[n]);
         }
-        write(x.y, b, t, c.at, (sum[0] + sum[1]) + (sum[2] + sum[3]), c.count);
+        s.sums.set(t, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
-    for (int n = 0; n < N; n++) store(c.h + n * W, h[n]);
+    for (int n = 0; n < K; n++) s.h.set(n, h[n]);
 }
 
-static void load_columns(const float* from, int64_t states, const Lanes& c, float factor, float* to) {
-    for (int64_t n = 0; n < states; n++)
-        for (int i = 0; i < W; i++) to[n * W + i] = i < c.count ? from[(c.at + i) * states + n] * factor : 0.f;
+static void scan_piece(const SelectiveScan& x, int64_t b, int64_t piece) {
+    const Tile whole = tile_of(x, b, piece, 0);
+    const int64_t vectors = whole.vectors(), N = x.states, T = x.tile, sequence = x.width * N;
+    Room room((2 * vectors * N + 3 * vectors * (T + 1)) * W + 2 * T * N);
+    Columns a = room.columns(vectors * N), h = room.columns(vectors * N);
+    auto field = [&] { return Field{room.columns(vectors * (T + 1)), T}; };
+    Field steps = field(), inputs = field(), sums = field();
+    float *B = room.take(T * N), *C = room.take(T * N);
+    load_rates(x, whole, a);
+    load_states(x, whole, x.initial, h);
+    for (int64_t i = 0; i * T < x.length; i++) {
+        const Tile p = tile_of(x, b, piece, i);
+        if (x.kept) store_states(x, p, h, x.kept + i * x.batch * sequence);
+        gather_rows(x.B, p, N, B);
+        gather_rows(x.C, p, N, C);
+        prepare(x, p, steps, inputs, sums);
+        for (int64_t v = 0; v < vectors; v++)
+            for (int64_t n = 0; n < N;) {
+                const int64_t row = v * N + n;
+                const Part part{p.channel(v), a.from(row), h.from(row), steps.of(v), inputs.of(v), sums.of(v), B + n, C + n};
+                if (N - n >= 16)
+                    advance<16>(x, p, part), n += 16;
+                else if (N - n >= 4)
+                    advance<4>(x, p, part), n += 4;
+                else
+                    advance<1>(x, p, part), n += 1;
+            }
+        finish(x, p, sums);
+    }
+    store_states(x, whole, h, x.final);
 }
 
-static void store_columns(const float* from, int64_t states, const Lanes& c, float* to) {
-    for (int i = 0; i < c.count; i++)
-        for (int64_t n = 0; n < states; n++) to[(c.at + i) * states + n] = from[n * W + i];
+// The same for so few steps that turning states into columns would take longest: a vector holds states of one channel.
+static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
+    const Tile p = {b, 0, x.length, piece * PIECE, std::min((piece + 1) * PIECE, x.width)};
+    const int64_t N = x.states, T = x.length;
+    Room room(3 * p.vectors() * (T + 1) * W + 2 * T * N);
+    auto field = [&] { return Field{room.columns(p.vectors() * (T + 1)), T}; };
+    Field steps = field(), inputs = field(), sums = field();
+    float *B = room.take(T * N), *C = room.take(T * N);
+    gather_rows(x.B, p, N, B);
+    gather_rows(x.C, p, N, C);
+    prepare(x, p, steps, inputs, sums);
+    for (int64_t d = p.first; d < p.last; d++)
+        for (int64_t n = 0; n < N; n += W) {
+            const int some = int(std::min<int64_t>(W, N - n));
+            const int64_t v = (d - p.first) / W, lane = (d - p.first) % W;
+            const vf a = rate(x, load_some(x.A + d * N + n, some));
+            vf h = load_some(x.initial + (b * x.width + d) * N + n, some);
+            for (int64_t t = 0; t < T; t++) {
+                if (starts(x, b, t)) h = vf{};
+                const vf step = all(steps.of(v).at[t * W + lane]), input = all(inputs.of(v).at[t * W + lane]);
+                h = power(step * a) * h + input * load_some(B + t * N + n, some);
+                sums.of(v).at[t * W + lane] += total(h * load_some(C + t * N + n, some));
+            }
+            store_some(x.final + (b * x.width + d) * N + n, h, some);
+        }
+    finish(x, p, sums);
 }
+
+constexpr int64_t FEW = 4;          // steps
+constexpr int64_t ALONE = 1 << 14;  // up to so many updates of states a second thread takes longer to come than to help
 
 void selective_scan(const SelectiveScan& x) {
-    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
-    const int64_t vectors = PIECE / W, size = x.states * W, sequence = x.width * x.states;
-#pragma omp parallel for schedule(static) num_threads(x.threads)
+    const int64_t pieces = (x.width + PIECE - 1) / PIECE;
+    const int threads = x.batch * x.length * x.width * x.states <= ALONE ? 1 : int(x.threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t job = 0; job < x.batch * pieces; job++) {
-        const int64_t b = job / pieces, first = job % pieces * PIECE;
-        std::vector<float> room(2 * vectors * size);
-        std::vector<Lanes> all_lanes;
-        for (int64_t at = first; at < std::min(first + PIECE, x.width); at += W) {
-            float* own = room.data() + 2 * size * int64_t(all_lanes.size());
-            all_lanes.push_back({at, int(std::min<int64_t>(W, x.width - at)), own, own + size});
-            load_columns(x.A, x.states, all_lanes.back(), LOG2E, own);
-            load_columns(x.initial + b * sequence, x.states, all_lanes.back(), 1.f, own + size);
-        }
-        for (int64_t tile = 0; tile < tiles; tile++)
-            for (const Lanes& c : all_lanes) {
-                if (x.kept) store_columns(c.h, x.states, c, x.kept + (tile * x.batch + b) * sequence);
-                const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
-                if (x.states == 16)
-                    advance<16>(x, b, c, begin, end);
-                else
-                    advance<0>(x, b, c, begin, end);
-            }
-        for (const Lanes& c : all_lanes) {
-            store_columns(c.h, x.states, c, x.final + b * sequence);
-            if (x.kept) store_columns(c.h, x.states, c, x.kept + (tiles * x.batch + b) * sequence);
-        }
-    }
-}
-
-// One tile backwards: states and decays are computed again from the kept state; `adjoint` is dL/dh after the tile, and
-// before it on return. Sums over channels are collected in sums_B and sums_C [t n] of vectors.
-static void retreat(const SelectiveScanBackward& g, int64_t b, const Lanes& c, int64_t tile, float* adjoint, float* grad_A,
-                    float* states_at, float* decays_at, float* sums_B, float* sums_C) {
-    const SelectiveScan& x = g.forward;
-    const int64_t N = x.states, size = N * W;
-    const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
-    std::vector<float> room(2 * N);
-    load_columns(x.kept + (tile * x.batch + b) * x.width * N, N, c, 1.f, states_at);
-    for (int64_t t = begin; t < end; t++) {
-        const float* B = read_row(x.B, b, t, N, room.data());
-        const bool starts = x.start && x.start[b * x.length + t];
-        vf step = read(x.dt, b, t, c.at, c.count), input = read(x.u, b, t, c.at, c.count) * step;
-        float *before = states_at + (t - begin) * size, *a = decays_at + (t - begin) * size;
-        for (int64_t n = 0; n < N; n++) {
-            vf d = starts ? vf{} : decay(step * load(c.a + n * W));
-            store(a + n * W, d);
-            store(before + size + n * W, d * load(before + n * W) + input * all(B[n]));
-        }
-    }
-    for (int64_t t = end - 1; t >= begin; t--) {
-        const float *B = read_row(x.B, b, t, N, room.data()), *C = read_row(x.C, b, t, N, room.data() + N);
-        vf step = read(x.dt, b, t, c.at, c.count), u = read(x.u, b, t, c.at, c.count);
-        vf grad = read(g.grad, b, t, c.at, c.count);
-        vf input = u * step, from_B{}, from_a{};
-        const float *before = states_at + (t - begin) * size, *a = decays_at + (t - begin) * size;
-        float *sum_B = sums_B + (t - begin) * size, *sum_C = sums_C + (t - begin) * size;
-        for (int64_t n = 0; n < N; n++) {
-            vf l = load(adjoint + n * W) + grad * all(C[n]);
-            vf decayed = l * load(a + n * W), flow = decayed * load(before + n * W);
-            store(sum_C + n * W, load(sum_C + n * W) + grad * load(before + size + n * W));
-            store(sum_B + n * W, load(sum_B + n * W) + l * input);
-            from_B += l * all(B[n]);
-            from_a += flow * load(c.a + n * W);
-            store(grad_A + n * W, load(grad_A + n * W) + flow * step);
-            store(adjoint + n * W, decayed);
-        }
-        write(g.grad_u, b, t, c.at, from_B * step, c.count);
-        write(g.grad_dt, b, t, c.at, from_B * u + from_a * all(1 / LOG2E), c.count);
-    }
-}
-
-void selective_scan_backward(const SelectiveScanBackward& g) {
-    const SelectiveScan& x = g.forward;
-    const int64_t pieces = (x.width + PIECE - 1) / PIECE, tiles = (x.length + x.tile - 1) / x.tile;
-    const int64_t N = x.states, size = N * W, vectors = PIECE / W;
-#pragma omp parallel for schedule(static) num_threads(x.threads)
-    for (int64_t job = 0; job < x.batch * pieces; job++) {
-        const int64_t b = job / pieces, piece = job % pieces, first = piece * PIECE;
-        std::vector<float> room(3 * vectors * size), scratch((4 * x.tile + 1) * size);
-        float *states_at = scratch.data(), *decays_at = states_at + (x.tile + 1) * size;
-        float *sums_B = decays_at + x.tile * size, *sums_C = sums_B + x.tile * size;
-        std::vector<Lanes> all_lanes;
-        for (int64_t at = first; at < std::min(first + PIECE, x.width); at += W) {
-            float* own = room.data() + 3 * size * int64_t(all_lanes.size());
-            all_lanes.push_back({at, int(std::min<int64_t>(W, x.width - at)), own, own + size});
-            load_columns(x.A, N, all_lanes.back(), LOG2E, own);
-            load_columns(g.grad_final + b * x.width * N, N, all_lanes.back(), 1.f, own + size);
-        }
-        for (int64_t tile = tiles - 1; tile >= 0; tile--) {
-            std::fill_n(sums_B, 2 * x.tile * size, 0.f);
-            for (const Lanes& c : all_lanes)
-                retreat(g, b, c, tile, c.h, c.h + size, states_at, decays_at, sums_B, sums_C);
-            const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length);
-            for (int64_t i = 0; i < (end - begin) * N; i++) {
-                const int64_t to = ((piece * x.batch + b) * x.length + begin) * N + i;
-                g.grad_B[to] = total(load(sums_B + i * W));
-                g.grad_C[to] = total(load(sums_C + i * W));
-            }
-        }
-        for (const Lanes& c : all_lanes) {
-            store_columns(c.h, N, c, g.grad_initial + b * x.width * N);
-            store_columns(c.h + size, N, c, g.grad_A + b * x.width * N);
-        }
+        if (x.length <= FEW && !x.kept)
+            scan_few(x, job / pieces, job % pieces);
+        else
+            scan_piece(x, job / pieces, job % pieces);
     }
 }
 

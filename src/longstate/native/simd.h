@@ -30,12 +30,23 @@ static inline vf most(vf a, vf b) { return a > b ? a : b; }
 
 // The first `count` lanes; the others are zero.
 static inline vf load_some(const float* p, int count) {
-    if (count >= W) return load(p);
+    if (__builtin_expect(count >= W, 1)) return load(p);
+#if WIDTH == 16
+    return _mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), p);
+#else
     vf x{};
-    std::memcpy(&x, p, 4 * count);
+    for (int i = 0; i < count; i++) x[i] = p[i];
     return x;
+#endif
 }
-static inline void store_some(float* p, vf x, int count) { std::memcpy(p, &x, 4 * (count < W ? count : W)); }
+static inline void store_some(float* p, vf x, int count) {
+    if (__builtin_expect(count >= W, 1)) return store(p, x);
+#if WIDTH == 16
+    _mm512_mask_storeu_ps(p, __mmask16((1 << count) - 1), x);
+#else
+    for (int i = 0; i < count; i++) p[i] = x[i];
+#endif
+}
 
 // bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
 typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
@@ -58,14 +69,20 @@ static inline vf read(const Rows& x, int64_t b, int64_t t, int64_t i, int count 
     const char* p = x.address(b, t, i);
     if (!x.narrow) return load_some(reinterpret_cast<const float*>(p), count);
     vh y{};
-    std::memcpy(&y, p, 2 * (count < W ? count : W));
+    if (__builtin_expect(count >= W, 1))
+        std::memcpy(&y, p, sizeof y);
+    else
+        std::memcpy(&y, p, 2 * count);
     return widen(y);
 }
 static inline void write(const Rows& x, int64_t b, int64_t t, int64_t i, vf value, int count = W) {
     char* p = x.address(b, t, i);
     if (!x.narrow) return store_some(reinterpret_cast<float*>(p), value, count);
     const vh y = narrow(value);
-    std::memcpy(p, &y, 2 * (count < W ? count : W));
+    if (__builtin_expect(count >= W, 1))
+        std::memcpy(p, &y, sizeof y);
+    else
+        std::memcpy(p, &y, 2 * count);
 }
 
 // One row as float32, wherever it was: itself if it is, else widened into `room`.
@@ -79,7 +96,13 @@ static inline const float* read_row(const Rows& x, int64_t b, int64_t t, int64_t
 }
 
 static inline float total(vf x) {
-    float sum = 0;
-    for (int i = 0; i < W; i++) sum += x[i];
-    return sum;
+#if WIDTH == 16
+    return _mm512_reduce_add_ps(x);
+#else
+    float lanes[W];
+    store(lanes, x);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+#endif
 }
