@@ -45,3 +45,17 @@ def seed() -> Iterator[int]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield 0
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled kernels of each instruction set that runs here, in turn."""
+    from longstate import native  # here: not before the import hook
+
+    if native.kernels is None:
+        pytest.skip(native.reason)
+    best = native.instructions()
+    if not native.kernels.use(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    native.kernels.use(best)

@@ -9,12 +9,10 @@ import torch
 
 from longstate import native, ops
 from ops.test_against_reference import flags, largest_error
-from ops.test_cpu import instructions
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
 
-__all__ = ["instructions"]  # a fixture
 # Batch, steps, channels: none, one, less than a vector, odd, more than one strip.
 SHAPES = [(2, 0, 3), (1, 1, 1), (2, 2, 5), (2, 33, 16), (1, 97, 37), (1, 3, 4100), (2, 600, 3)]
 KINDS = ["fixed", "step", "fixed complex", "step complex"]
@@ -71,13 +69,13 @@ def check(given: dict[str, torch.Tensor], options: dict[str, Any], unit: float =
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scan(shape: tuple[int, ...], kind: str, marks: str, instructions: None) -> None:
+def test_scan(shape: tuple[int, ...], kind: str, marks: str, instructions: str) -> None:
     check(arguments(kind, *shape), flags(marks, *shape[:2]))
 
 
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_bfloat16_inputs_and_outputs(kind: str, marks: str, instructions: None) -> None:
+def test_bfloat16_inputs_and_outputs(kind: str, marks: str, instructions: str) -> None:
     given = arguments(kind, 2, 40, 37, narrow=True)
     check(given, flags(marks, 2, 40), 2**-8)
     h, final = ops.scan(given["a"], given["b"])
@@ -89,7 +87,7 @@ def test_bfloat16_inputs_and_outputs(kind: str, marks: str, instructions: None) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_typical_numbers_the_error_is_a_few_roundings(kind: str, instructions: None) -> None:
+def test_on_typical_numbers_the_error_is_a_few_roundings(kind: str, instructions: str) -> None:
     """Not the worst case: roundings are as often up as down, and what is forgotten takes its errors along."""
     given = arguments(kind, 2, 300, 37)
     exact = run(wide(given), backend="reference")

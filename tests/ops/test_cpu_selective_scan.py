@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,22 +12,10 @@ from ops.test_against_reference import flags, largest_error, run
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
-kernels = native.kernels
 
-INSTRUCTIONS = [name for name in ("baseline", "avx2", "avx512") if kernels.use(name)]
-kernels.use(INSTRUCTIONS[-1])
 # Batch, steps, channels, states: none, one, less than a vector, odd, several pieces and tiles.
 SHAPES = [(2, 0, 3, 2), (1, 1, 1, 1), (2, 33, 5, 16), (1, 70, 17, 3), (2, 64, 16, 16), (1, 40, 300, 16), (3, 97, 33, 5)]
-
-
 ACTIVATIONS = ("u", "dt", "gate", "B", "C", "elapsed")
-
-
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    kernels.use(request.param)
-    yield
-    kernels.use(INSTRUCTIONS[-1])
 
 
 def arguments(b: int, t: int, d: int, n: int, around: str = "", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -50,7 +37,7 @@ def exactly(given: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("around", ["", "around"])
 @pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_selective_scan(shape: tuple[int, ...], marks: str, around: str, instructions: None) -> None:
+def test_selective_scan(shape: tuple[int, ...], marks: str, around: str, instructions: str) -> None:
     """In float32: every sum is of at most a few hundred terms of order 1, each rounded a few times."""
     given, options = arguments(*shape, around), flags(marks, *shape[:2])
     wanted = run(ops.selective_scan, exactly(given), backend="reference", **options)
@@ -60,7 +47,7 @@ def test_selective_scan(shape: tuple[int, ...], marks: str, around: str, instruc
 
 @pytest.mark.parametrize("around", ["", "around"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16(shape: tuple[int, ...], around: str, instructions: None) -> None:
+def test_bfloat16(shape: tuple[int, ...], around: str, instructions: str) -> None:
     """From the same bfloat16 numbers: outputs and gradients are rounded once, by 2^-9 of themselves at most; and so is
     the gradient that comes in, which in the largest of a sum's entries is no more than as much again."""
     given = arguments(*shape, around, dtype=torch.bfloat16)
@@ -71,7 +58,7 @@ def test_bfloat16(shape: tuple[int, ...], around: str, instructions: None) -> No
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5])
-def test_few_steps_without_gradients(length: int, instructions: None) -> None:
+def test_few_steps_without_gradients(length: int, instructions: str) -> None:
     """A layout of its own: steps that decoding takes."""
     for width, states in ((1, 1), (33, 16), (300, 5), (17, 40)):
         given = arguments(2, length, width, states, "around")
@@ -137,7 +124,7 @@ def test_strong_decays_and_steps_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("length", [4, 6])
-def test_growth_up_to_infinity(length: int, instructions: None) -> None:
+def test_growth_up_to_infinity(length: int, instructions: str) -> None:
     given = arguments(1, length, 5, 4)
     given |= dict(dt=torch.ones_like(given["dt"]), initial=torch.ones_like(given["initial"]))
     for A in (0.5, 14.0, 88.5, 89.0, 1e4):
@@ -149,7 +136,7 @@ def test_growth_up_to_infinity(length: int, instructions: None) -> None:
 
 @pytest.mark.parametrize("length", [2, 6])
 @pytest.mark.parametrize("name", ["u", "dt", "A", "B", "C", "initial"])
-def test_what_is_no_number_stays_none(name: str, length: int, instructions: None) -> None:
+def test_what_is_no_number_stays_none(name: str, length: int, instructions: str) -> None:
     given = arguments(1, length, 17, 16)
     given[name] = torch.full_like(given[name], float("nan"))
     y, final = ops.selective_scan(**given, backend="cpu")

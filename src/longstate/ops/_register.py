@@ -109,6 +109,11 @@ def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
     return function(results) if isinstance(results, Tensor) else tuple(function(x) for x in results)
 
 
+def with_kernel(kernel: Callable[..., Any], portable: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return the backends of an op whose compiled kernel takes what its portable form takes, if there are kernels."""
+    return {"chunked": portable} if native.kernels is None else {"cpu": kernel, "chunked": portable}
+
+
 def choose(op: str, backend: str | None, refusals: Mapping[str, str] | None = None) -> str:
     """Return the backend to run: the preferred one of those that take the arguments, or the one asked for by name.
 
