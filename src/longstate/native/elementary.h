@@ -39,9 +39,9 @@ static inline vf exp(vf x) {
 static inline vf log(vf x) {
     vi small = x < all(1.17549435e-38f);
     vf y = choose(small, x * all(8388608.f), x);
-    vi b = bits(y) - 0x3f3504f3;  // the bits of sqrt 1/2
-    vi k = (b >> 23) - (small & 23);
-    vf f = number((b & 0x007fffff) + 0x3f3504f3) - all(1.f);
+    vu b = vu(bits(y)) - 0x3f3504f3;  // the bits of sqrt 1/2; unsigned, for there is no telling what is negative or NaN
+    vi k = (vi(b) >> 23) - (small & 23);
+    vf f = number(vi(b & 0x007fffff) + 0x3f3504f3) - all(1.f);
     vf p = all(7.0376836292e-2f);
     p = p * f + all(-1.1514610310e-1f);
     p = p * f + all(1.1676998740e-1f);

@@ -30,7 +30,7 @@ static inline vf power(vf z) {
 #if WIDTH == 16
     return _mm512_scalef_ps(p, n);
 #else
-    return number(bits(p) + (bits(n) << 23));
+    return number(vi(vu(bits(p)) + (vu(bits(n)) << 23)));
 #endif
 }
 
