@@ -89,7 +89,7 @@ def _given(
     """Return the tensors that must stay alive, and what the kernels begin with; ``rows`` are those of b or h."""
     batch, length, width = rows.shape
     pairs = rows.is_complex()
-    a = a.resolve_conj().reshape(1, 1, -1).expand(rows.shape) if fixed else _rows(a)
+    a = native.in_rows(a.resolve_conj().reshape(1, 1, -1)).expand(rows.shape) if fixed else _rows(a)
     initial = None if initial is None else initial.resolve_conj().contiguous()
     start, valid = None if start is None else start.contiguous(), None if valid is None else valid.contiguous()
     sizes = (batch, length, 2 * width if pairs else width, pairs, native.threads())
