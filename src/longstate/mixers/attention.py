@@ -6,13 +6,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .._shapes import Float, Int, Tensor
 from ..timeline import Compaction, Timeline, segments, zero_where_invalid
 from ._base import Mixer
-from ._parts import RMSNorm, ShortConvolution
+from ._parts import Linear, RMSNorm, ShortConvolution
 
 
 class AttentionState(NamedTuple):
@@ -110,13 +109,13 @@ class Attention(Mixer):
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
         self.window, self.rotary_dim, self.rotary_base, self.scale = window, rotary_dim, rotary_base, scale
         width, kv_width = n_heads * head_dim, n_kv_heads * head_dim
-        self.q_proj = nn.Linear(d_model, width, bias=bias)
-        self.k_proj = nn.Linear(d_model, kv_width, bias=bias)
-        self.v_proj = nn.Linear(d_model, kv_width, bias=bias)
+        self.q_proj = Linear(d_model, width, bias=bias)
+        self.k_proj = Linear(d_model, kv_width, bias=bias)
+        self.v_proj = Linear(d_model, kv_width, bias=bias)
         self.conv1d = ShortConvolution(width + 2 * kv_width, d_conv, conv_bias, None) if d_conv else None
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.o_proj = nn.Linear(width, d_model, bias=bias if out_bias is None else out_bias)
+        self.o_proj = Linear(width, d_model, bias=bias if out_bias is None else out_bias)
 
     def reset_parameters(self) -> None:
         """Draw the projections."""

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from .._errors import check_choice
 from .._shapes import Float, Tensor
-from ..ops import selective_scan
+from ..ops import linear, selective_scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
 
 
 class MambaState(NamedTuple):
@@ -24,7 +23,7 @@ class MambaState(NamedTuple):
     ssm: Float[Tensor, "b d n"]
 
 
-class StepProjection(nn.Linear):
+class StepProjection(Linear):
     """A linear map whose bias is added in float32 at least: in bfloat16 it gives visibly other steps.
 
     The module is called, never its weight alone, and gives what a linear layer does, so that adapters work.
@@ -33,7 +32,7 @@ class StepProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the product with the weight, and the bias."""
         dtype = state_dtype(self.bias)
-        return functional.linear(input, self.weight).to(dtype) + self.bias.to(dtype)
+        return linear(input, self.weight).to(dtype) + self.bias.to(dtype)
 
 
 class Mamba(Mixer):
@@ -91,9 +90,9 @@ class Mamba(Mixer):
             check_choice("Mamba", "inner_norm", inner_norm, ("plain", "weighted"))
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, inner, d_state, dt_rank
         self.dt_min, self.dt_max = dt_min, dt_max
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * inner, bias=bias)
         self.conv1d = ShortConvolution(inner, d_conv, conv_bias)
-        self.x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
+        self.x_proj = Linear(inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = StepProjection(dt_rank, inner)
         mark(self.dt_proj.bias)
         self.dt_norm, self.B_norm, self.C_norm = (
@@ -102,7 +101,7 @@ class Mamba(Mixer):
         )
         self.A_log = mark(nn.Parameter(torch.empty(inner, d_state)))
         self.D = mark(nn.Parameter(torch.empty(inner)))
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.out_proj = Linear(inner, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ from .._shapes import Float, Tensor
 from ..ops import linear_attention
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
 
 
 class Mamba2State(NamedTuple):
@@ -98,14 +98,14 @@ class Mamba2(Mixer):
         convolved = ssm + 2 * n_groups * d_state
         # How W_in u is cut: [z₀, x₀, z, (x, B, C), δ].
         self.parts = [inner - ssm, inner - ssm, ssm, convolved, n_heads]
-        self.in_proj = nn.Linear(d_model, sum(self.parts), bias=bias)
+        self.in_proj = Linear(d_model, sum(self.parts), bias=bias)
         self.conv1d = ShortConvolution(convolved, d_conv, conv_bias)
         self.dt_bias = mark(nn.Parameter(torch.empty(n_heads)))
         self.A_log = mark(nn.Parameter(torch.empty(n_heads)))
         self.D = mark(nn.Parameter(torch.empty(ssm if skip_per_channel else n_heads)))
         norm_groups = n_groups if norm_groups is None else norm_groups
         self.norm = RMSNorm(ssm, norm_eps, norm_groups, norm_before_gate=norm_before_gate) if gated_norm else None
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.out_proj = Linear(inner, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -12,7 +12,7 @@ from .._shapes import Bool, Float, Tensor
 from ..ops import scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import ShortConvolution, softplus_inverse
+from ._parts import Linear, ShortConvolution, softplus_inverse
 
 # log a = −8 r softplus(Λ): a gate half open halves the logarithm of the least decay.
 _SHARPNESS = 8.0
@@ -62,15 +62,15 @@ class RGLRU(Mixer):
             )
         self.d_model, self.d_inner, self.n_heads = d_model, inner, n_heads
         width = inner // n_heads
-        self.linear_x = nn.Linear(d_model, inner)
-        self.linear_y = nn.Linear(d_model, inner)
+        self.linear_x = Linear(d_model, inner)
+        self.linear_y = Linear(d_model, inner)
         self.conv1d = ShortConvolution(inner, d_conv, bias=True, activation=None)
         self.Lambda = mark(nn.Parameter(torch.empty(inner)))
         self.input_gate_weight = nn.Parameter(torch.empty(n_heads, width, width))
         self.input_gate_bias = mark(nn.Parameter(torch.empty(n_heads, width)))
         self.recurrence_gate_weight = nn.Parameter(torch.empty(n_heads, width, width))
         self.recurrence_gate_bias = mark(nn.Parameter(torch.empty(n_heads, width)))
-        self.linear_out = nn.Linear(inner, d_model)
+        self.linear_out = Linear(inner, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

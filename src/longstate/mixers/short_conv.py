@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
-
 from .._shapes import Float, Tensor
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer
-from ._parts import ShortConvolution
+from ._parts import Linear, ShortConvolution
 
 
 class ShortConvState(NamedTuple):
@@ -40,9 +38,9 @@ class ShortConv(Mixer):
     def __init__(self, d_model: int, d_conv: int = 3, bias: bool = False) -> None:
         super().__init__()
         self.d_model = d_model
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.in_proj = Linear(d_model, 3 * d_model, bias=bias)
         self.conv1d = ShortConvolution(d_model, d_conv, bias, activation=None)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.out_proj = Linear(d_model, d_model, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the projections and the taps."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from .._errors import check_choice
 from .._shapes import Float
+from ..mixers._parts import Linear
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -51,8 +52,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden = 64 * math.ceil(d_model * 8 / 3 / 64) if hidden is None else hidden
         self.activation = _checked("GatedMLP", hidden, activation)
-        self.fc1 = nn.Linear(d_model, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, d_model, bias=bias)
+        self.fc1 = Linear(d_model, 2 * hidden, bias=bias)
+        self.fc2 = Linear(hidden, d_model, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the projections."""
@@ -85,8 +86,8 @@ class MLP(nn.Module):
         super().__init__()
         hidden = 4 * d_model if hidden is None else hidden
         self.activation = _checked("MLP", hidden, activation)
-        self.fc1 = nn.Linear(d_model, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, d_model, bias=bias)
+        self.fc1 = Linear(d_model, hidden, bias=bias)
+        self.fc2 = Linear(hidden, d_model, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the projections."""

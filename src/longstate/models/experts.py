@@ -7,22 +7,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from .._errors import check_choice
 from .._shapes import Float, Int, Tensor
+from ..mixers._parts import Linear
+from ..ops import linear
 from .channels import ACTIVATIONS, MLP, GatedMLP
 
 ROUTERS = ("softmax", "sigmoid")
 
 
-class Router(nn.Linear):
+class Router(Linear):
     """A linear map of each step to one score per expert, computed in float32 at least: near ties are real choices."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scores before softmax or sigmoid."""
         wide = torch.promote_types(input.dtype, torch.float32)
-        return functional.linear(input.to(wide), self.weight.to(wide))
+        return linear(input.to(wide), self.weight.to(wide))
 
 
 class Experts(nn.Module):
@@ -107,8 +108,8 @@ class Experts(nn.Module):
         self.register_buffer("router_bias", torch.empty(n_experts) if router == "sigmoid" else None)
         self.fc1 = nn.Parameter(torch.empty(n_experts, (2 if gated else 1) * hidden, inside))
         self.fc2 = nn.Parameter(torch.empty(n_experts, inside, hidden))
-        self.latent_in = None if latent is None else nn.Linear(d_model, latent, bias=bias)
-        self.latent_out = None if latent is None else nn.Linear(latent, d_model, bias=bias)
+        self.latent_in = None if latent is None else Linear(d_model, latent, bias=bias)
+        self.latent_out = None if latent is None else Linear(latent, d_model, bias=bias)
         self.shared = None if shared is None else (GatedMLP if gated else MLP)(d_model, shared, bias, activation)
         self.reset_parameters()
 
@@ -186,8 +187,13 @@ class Experts(nn.Module):
 
     def _expert(self, x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
         """Apply one expert, or all of them."""
-        h, act = x @ fc1.mT, ACTIVATIONS[self.activation]
+        h, act = _product(x, fc1), ACTIVATIONS[self.activation]
         if self.gated:
             u, gate = h.chunk(2, -1)
-            return (u * act(gate)) @ fc2.mT
-        return act(h) @ fc2.mT
+            return _product(u * act(gate), fc2)
+        return _product(act(h), fc2)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply with the matrix of one expert, or with those of all."""
+    return linear(x, weight) if weight.ndim == 2 else x @ weight.mT

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from .._errors import nearest
 from .._shapes import Float, Int, Tensor
+from ..mixers._parts import Linear
 from ..timeline import Timeline
 from .stack import LayerSpec, Stack, check_kinds
 
@@ -104,7 +105,7 @@ class LanguageModel(nn.Module):
             embedding_multiplier,
             residual_multiplier,
         )
-        self.lm_head = nn.Linear(d_model, 1, bias=False)
+        self.lm_head = Linear(d_model, 1, bias=False)
         self.lm_head.out_features = rows
         self.lm_head.weight = embedding.weight if tie_embeddings else nn.Parameter(torch.empty(rows, d_model))
         self._tie()

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
-#if WIDTH == 16
+#if WIDTH > 4
 #include <immintrin.h>
 #endif
 

@@ -24,6 +24,23 @@ struct Elementwise {
     int64_t count;
 };
 
+// y = x Wᵀ + b; with scales, of each row of W for each `group` of inputs.
+struct Linear {
+    int64_t batch, length, in, out, threads;
+    int64_t kind, group;  // kind of the weights: 0 float32, 1 bfloat16, 2 int8
+    Rows x;               // [b t in], 8 rows at most
+    const char* weight;   // [out in]
+    int64_t weight_row;
+    Rows scale, bias;     // [1 out in/group] [1 1 out]
+    Rows y;               // [b t out]
+};
+
+struct ReadMemory {
+    const float* x;
+    int64_t count, threads;
+    float* sum;
+};
+
 // step_t = elapsed_t f(dt_t + bias), f softplus or nothing;  h_t = e^(step_t A) h_(t-1) + step_t u_t B_t,
 // y_t = (C_t h_t + D u_t) silu(gate_t); channels d, states n. All but u, dt, B, C, A and initial may be absent.
 struct SelectiveScan {
@@ -68,6 +85,8 @@ constexpr int64_t PIECE = 256;  // channels whose sums are formed together, what
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
 #define LONGSTATE_KERNELS(KERNEL)                     \
     KERNEL(elementwise, Elementwise)                  \
+    KERNEL(linear, Linear)                            \
+    KERNEL(read_memory, ReadMemory)                   \
     KERNEL(selective_scan, SelectiveScan)             \
     KERNEL(selective_scan_backward, SelectiveScanBackward) \
     KERNEL(scan, Scan)                                \

@@ -48,14 +48,41 @@ static inline void store_some(float* p, vf x, int count) {
 #endif
 }
 
-// bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
 typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t vb __attribute__((vector_size(WIDTH)));
 
-static inline vf widen(vh x) { return number(__builtin_convertvector(x, vi) << 16); }
+// Short numbers as long ones and back. One instruction each, where compilers make many of what the extension calls them.
+#if WIDTH == 16
+static inline vi lengthen(vh x) { return vi(_mm512_cvtepu16_epi32(__m256i(x))); }
+static inline vi lengthen(vb x) { return vi(_mm512_cvtepi8_epi32(__m128i(x))); }
+static inline vh shorten(vu x) { return vh(_mm512_cvtepi32_epi16(__m512i(x))); }
+#elif WIDTH == 8
+static inline vi lengthen(vh x) { return vi(_mm256_cvtepu16_epi32(__m128i(x))); }
+static inline vi lengthen(vb x) {
+    int64_t bytes;
+    std::memcpy(&bytes, &x, 8);
+    return vi(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
+}
+static inline vh shorten(vu x) {
+    const __m256i pairs = _mm256_packus_epi32(__m256i(x), __m256i(x));  // within each half
+    return vh(_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+}
+#else
+static inline vi lengthen(vh x) { return __builtin_convertvector(x, vi); }
+static inline vi lengthen(vb x) {
+    typedef int16_t vs __attribute__((vector_size(2 * WIDTH)));
+    return __builtin_convertvector(__builtin_convertvector(x, vs), vi);
+}
+static inline vh shorten(vu x) { return __builtin_convertvector(x, vh); }
+#endif
+static inline vf whole(vi x) { return __builtin_convertvector(x, vf); }
+
+// bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
+static inline vf widen(vh x) { return number(lengthen(x) << 16); }
 static inline vh narrow(vf x) {
     vu b;
     std::memcpy(&b, &x, sizeof b);
-    return __builtin_convertvector(x == x ? (b + 0x7fff + ((b >> 16) & 1)) >> 16 : (b >> 16) | 0x40, vh);
+    return shorten(x == x ? (b + 0x7fff + ((b >> 16) & 1)) >> 16 : (b >> 16) | 0x40);
 }
 static inline float widen(uint16_t x) {
     const uint32_t y = uint32_t(x) << 16;
@@ -83,6 +110,11 @@ static inline void write(const Rows& x, int64_t b, int64_t t, int64_t i, vf valu
         std::memcpy(p, &y, sizeof y);
     else
         std::memcpy(p, &y, 2 * count);
+}
+
+static inline float number_at(const Rows& x, int64_t b, int64_t t, int64_t i) {
+    const char* p = x.address(b, t, i);
+    return x.narrow ? widen(*reinterpret_cast<const uint16_t*>(p)) : *reinterpret_cast<const float*>(p);
 }
 
 // One row as float32, wherever it was: itself if it is, else widened into `room`.

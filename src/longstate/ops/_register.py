@@ -83,6 +83,11 @@ def define(op: str, schema: str, forward: dict[str, Callable[..., Any]], fake: C
     torch.library.register_fake(f"longstate::{op}", call_fake, lib=_LIBRARY)
 
 
+def list_backends(op: str, forward: Mapping[str, Callable[..., Any]]) -> None:
+    """List the backends of an op that is no node of its own: it is made of torch's, or runs where nobody sees it."""
+    _BACKENDS[op] = tuple(forward)
+
+
 def call(op: str, *arguments: Any, backend: str) -> Any:
     """Run an op as a node of its own; or without one, which takes half the time of a short call, where nothing would
     see the node: no gradient is wanted and no trace is taken."""
@@ -91,12 +96,17 @@ def call(op: str, *arguments: Any, backend: str) -> Any:
     return getattr(torch.ops.longstate, op)(*arguments, backend)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def unobserved(*tensors: Tensor) -> bool:
     """Return whether a function may compute with these tensors' memory behind torch's back."""
+    differentiable = torch.is_grad_enabled()
+    for x in tensors:  # loops, since this is asked many times for each token: all(…) takes half as long again
+        if type(x) not in _PLAIN or (differentiable and x.requires_grad):
+            return False
     return (
         not torch.compiler.is_compiling()
-        and not differentiated(*tensors)
-        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
