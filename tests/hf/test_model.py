@@ -37,8 +37,9 @@ def test_logits_are_those_of_the_language_model(make: Make) -> None:
     assert wanted.shape[-1] == 64
     assert torch.equal(model(ids).logits, wanted[..., :61]), "no logits for rows that fill up the embedding"
     assert torch.equal(model(ids, return_dict=False)[0], wanted[..., :61])
-    assert torch.equal(model(ids, logits_to_keep=3).logits, wanted[:, -3:, :61])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, wanted[:, [2, 5], :61])
+    # Few rows are multiplied by another kernel, whose sums are in another order.
+    assert close(model(ids, logits_to_keep=3).logits, wanted[:, -3:, :61])
+    assert close(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, wanted[:, [2, 5], :61])
     again = LongstateForCausalLM.from_model(model.to_model())
     assert torch.equal(again(ids).logits, wanted[..., :61])
     assert again.backbone.embedding.weight is model.backbone.embedding.weight
