@@ -107,7 +107,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    given = (grad, grad_final, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    given = (grad, grad_final, *saved)
     if torch.is_grad_enabled():  # these gradients are to be differentiated: a kernel's could not be
 
         def states(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None
         grad_a, grad_b, grad_initial = chunked.scan_backward(*given, states=states)
     else:
         grad_a, grad_b, grad_initial = torch.ops.longstate.scan_backward(*given, ctx.backend)
-    return grad_a, grad_b, None if ctx.saved_tensors[1] is None else grad_initial, None, None, None
+    return grad_a, grad_b, None if saved[1] is None else grad_initial, None, None, None
 
 
 register(
