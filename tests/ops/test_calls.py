@@ -18,7 +18,7 @@ from longstate.ops.scan import chunked as scan_chunked
 from longstate.ops.selective_scan import chunked as selective_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
-NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
+NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution", "vandermonde"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -173,6 +173,7 @@ def registered() -> dict[str, dict[str, Any]]:
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
+        "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,
     }
 
 

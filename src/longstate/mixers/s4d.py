@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from .._errors import check_choice
 from .._shapes import Float, Inexact, Tensor
-from ..ops import selective_scan
+from ..ops import selective_scan, vandermonde
 from ..ops.convolution.chunked import fft
 from ..ops.selective_scan.discretization import phi
+from ..ops.vandermonde.chunked import factors
 from ..systems import diagonal_modes, legs_normal
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
@@ -155,10 +156,7 @@ class S4D(Mixer):
     def _convolve(
         self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: S4DState | None
     ) -> tuple[Tensor, Tensor]:
-        """Return outputs without the skip, and the final state, by matrix products and transforms alone.
-
-        Powers factor: Ā^{ci+j} = (Ā^c)^i Ā^j, so that no ``[d n t]`` tensor is needed, only ``[d n √t]``.
-        """
+        """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
         length = x.shape[1]
         u = x.to(dt.dtype)
         z = dt[:, None] * A
@@ -168,31 +166,22 @@ class S4D(Mixer):
             log_decay, gain = torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), dt[:, None] / (1 - z / 2)
         else:
             gain = dt[:, None] * phi(z)
-        columns = math.isqrt(length - 1) + 1
-        rows = -(-length // columns)
-        count = torch.arange(max(rows, columns), device=x.device, dtype=torch.float64)
-        fine = torch.exp(log_decay[..., None] * count[:columns]).to(z.dtype)  # Ā^j [d n c]
-        coarse = torch.exp(log_decay[..., None] * (columns * count[:rows])).to(z.dtype)  # Ā^{ci} [d n r]
-
-        kernel = self._real((C * B * gain)[..., None] * coarse, fine)[:, :length]
-        y = fft(u, kernel, length)
-        # Σ_l Ā^{t−1−l} B̄ u_l, with zeros before the first step to fill the last row.
+        y = fft(u, vandermonde(C * B * gain, log_decay, length), length)
+        # Σ_l Ā^{t−1−l} B̄ u_l, with zeros before the first step to fill the last row; the powers factor into Ā^{ci} Ā^j.
+        coarse, fine = (power.flip(-1).to(z.dtype) for power in factors(log_decay, length))
+        rows, columns = coarse.shape[-1], fine.shape[-1]
         filled = pad(u, (0, 0, rows * columns - length, 0)).unflatten(1, (rows, columns))
-        partial = torch.einsum("brcd,dnc->bdnr", filled.to(z.dtype), fine.flip(-1))
-        final = B * gain * (partial * coarse.flip(-1)).sum(-1)
+        if self.real:
+            partial = torch.einsum("brcd,dnc->bdnr", filled, fine)
+        else:
+            partial = torch.einsum("brcd,dncp->bdnrp", filled, torch.view_as_real(fine))
+            partial = torch.view_as_complex(partial.contiguous())
+        final = B * gain * (partial * coarse).sum(-1)
         if state is not None:
-            before = state.ssm.to(z.dtype)
-            decay = torch.exp(log_decay).to(z.dtype)
-            y = y + self._real((C * decay * before)[..., None] * coarse, fine)[..., :length].transpose(1, 2)
+            decay, before = torch.exp(log_decay).to(z.dtype), state.ssm.to(z.dtype)
+            y = y + vandermonde(C * decay * before, log_decay, length).mT
             final = final + torch.exp(log_decay * length).to(z.dtype) * before
         return y, final
-
-    def _real(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Return 2 Re Σ_n coarse_ni fine_nj (of real modes the sum itself) as one real product, ``[… d (i j)]``."""
-        if not self.real:
-            coarse = 2 * torch.cat([coarse.real, -coarse.imag], -2)
-            fine = torch.cat([fine.real, fine.imag], -2)
-        return (coarse.mT @ fine).flatten(-2)
 
 
 def initial_modes(initialization: str, d_state: int) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,18 @@ struct ScanBackward {
     float* grad_initial;      // [b w]
 };
 
+// K_l = the sum over n of w_n e^(l z_n), of pairs (re, im) twice its real part, for each row; in double precision.
+struct Vandermonde {
+    int64_t rows, states, length, pairs, narrow, threads;  // narrow: outputs (and gradients) are float32
+    const double *weights, *log_base;                      // [rows n]
+    char* kernel;                                          // [rows length]; the backward pass finds its gradient here
+};
+
+struct VandermondeBackward {
+    Vandermonde forward;
+    double *grad_weights, *grad_log_base;  // [rows n]
+};
+
 constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
@@ -90,7 +102,9 @@ constexpr int64_t PIECE = 256;  // channels whose sums are formed together, what
     KERNEL(selective_scan, SelectiveScan)             \
     KERNEL(selective_scan_backward, SelectiveScanBackward) \
     KERNEL(scan, Scan)                                \
-    KERNEL(scan_backward, ScanBackward)
+    KERNEL(scan_backward, ScanBackward)               \
+    KERNEL(vandermonde, Vandermonde)                  \
+    KERNEL(vandermonde_backward, VandermondeBackward)
 
 struct Kernels {
     const char* name;

@@ -63,7 +63,7 @@ def scan_backward(
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return native.empty(x.shape, x.dtype)
 
 
 def _state(x: Tensor) -> torch.dtype:
