@@ -63,6 +63,8 @@ def scan_backward(
 
 
 def _like(x: Tensor) -> Tensor:
+    if x.numel() < 1 << 16:  # half the time of the other, where that counts
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     return native.empty(x.shape, x.dtype)
 
 
