@@ -18,14 +18,15 @@ from longstate.ops.scan import chunked as scan_chunked
 from longstate.ops.selective_scan import chunked as selective_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
-NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution", "vandermonde"}
+NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
+NAMES |= {"rms_norm", "vandermonde"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
     found = ops.backends()
     assert set(found) == NAMES | {"linear"}
     for what in found.values():
-        assert what["reference"] == "on request"
+        assert what["reference"] in ("on request", "in use")
         assert list(what.values()).count("in use") == 1
         assert all(w in ("in use", "on request") or w.startswith("not available: ") for w in what.values())
 
@@ -178,7 +179,7 @@ def registered() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted(NAMES - {"rms_norm"}))  # what is portable of it is no node of its own
 def test_registered_ops_by_opcheck(name: str) -> None:
     op, given = getattr(torch.ops.longstate, name).default, registered()[name]
     torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))

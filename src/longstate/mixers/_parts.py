@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .._errors import check_choice
 from .._shapes import Float, Tensor
-from ..ops import convolution, linear
+from ..ops import convolution, linear, rms_norm
 from ..timeline import Timeline
 from ._base import mark
 
@@ -72,20 +72,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"], gate: Float[Tensor, "*b d"] | None = None) -> Float[Tensor, "*b d"]:
         """Return the normed input in the type of the weight (or of autocast); of the input where there is none."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        factor = None if gate is None else functional.silu(gate.to(wide.dtype))
-        if factor is not None and not self.norm_before_gate:
-            wide, factor = wide * factor, None
-        width = wide.shape[-1]
-        y = functional.rms_norm(wide.unflatten(-1, (self.groups, -1)), (width // self.groups,), eps=self.eps)
-        y = y.flatten(-2)
-        if self.weight is None:
-            return (y if factor is None else y * factor).to(x.dtype)
-        if factor is None and not self.offset:
-            return y.to(self.weight.dtype) * self.weight
-        # 1 + a small weight, rounded to bfloat16, would lose most of the weight.
-        y = y * (self.offset + self.weight.to(y.dtype))
-        return (y if factor is None else y * factor).to(self.weight.dtype)
+        return rms_norm(
+            x,
+            self.weight,
+            gate,
+            eps=self.eps,
+            groups=self.groups,
+            offset=self.offset,
+            norm_before_gate=self.norm_before_gate,
+        )
 
 
 class ShortConvolution(nn.Module):

@@ -50,6 +50,16 @@ def rows(x: Tensor | None) -> tuple[int, int, int, bool]:
     return x.data_ptr(), batch, row, x.dtype is torch.bfloat16
 
 
+def matrix(x: Tensor) -> tuple[int, int, int, bool]:
+    """Return how a kernel finds the rows of ``[d k]``, the same for every sequence."""
+    return x.data_ptr(), 0, x.stride(0), x.dtype == torch.bfloat16
+
+
+def vector(x: Tensor | None) -> tuple[int, int, int, bool]:
+    """Return how a kernel finds ``[d]``, the same for every sequence and step; zeros for none."""
+    return (0, 0, 0, False) if x is None else (x.data_ptr(), 0, 0, x.dtype == torch.bfloat16)
+
+
 def in_rows(x: Tensor) -> Tensor:
     """Return a tensor as it is where neighbours in a row lie side by side; a copy of which it is true elsewhere."""
     return x if x.stride(-1) == 1 else x.contiguous()

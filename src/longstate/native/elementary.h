@@ -1,4 +1,4 @@
-// Elementary functions on vectors, each within 2 units in the last place of float32, right at ±inf, 0, denormals and NaN.
+// Elementary functions on vectors, each (but for silu) within 2 units in the last place of float32, right at ±inf, 0, denormals and NaN.
 //
 // Included once for each instruction set, inside namespace longstate::ISA.
 
@@ -74,4 +74,36 @@ static inline vf sigmoid(vf x) {
     vf dropped = e - (w - all(1.f)) + rest;
     r += (numerator - r * w + choose(above, all(0.f), rest) - r * dropped) * inverse;
     return choose(x == x, r, x);
+}
+
+// e^x for x in [-87, 88.5]; anything for others.
+static inline vf exp_within(vf x) {
+    const vf magic = all(12582912.f);
+    vf n = x * all(1.44269504089f) + magic;
+    vi k = bits(n) << 23;
+    n -= magic;
+    vf r = x - n * all(0.693359375f);
+    r = r - n * all(-2.12194440e-4f);
+    vf p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    return number(bits(p * (r * r) + r + all(1.f)) + k);
+}
+
+// x / (1 + e^-x), within 3 units of the last place above -88, and 0 to 36 digits below. NaN stays NaN: `most` and
+// `least` return their second argument for it.
+static inline vf silu(vf x) {
+    x = most(all(-88.f), x);
+    return x / (all(1.f) + exp_within(-least(all(87.f), x)));
+}
+
+// And its slope, s + x s (1 - s) with 1 - s = s e^-x.
+static inline vf silu(vf x, vf& slope) {
+    x = most(all(-88.f), x);
+    vf c = least(all(87.f), x), e = exp_within(-c), s = all(1.f) / (all(1.f) + e);
+    slope = s * (all(1.f) + c * (e * s));
+    return x * s;
 }

@@ -11,7 +11,9 @@ void elementwise(const Elementwise& x) {
             case 0: v = exp(v); break;
             case 1: v = log(v); break;
             case 2: v = softplus(v); break;
-            default: v = sigmoid(v);
+            case 3: v = sigmoid(v); break;
+            case 4: v = silu(v); break;
+            default: silu(v, v);
         }
         store_some(x.y + i, v, count);
     }

@@ -19,4 +19,15 @@ LONGSTATE_KERNELS(DECLARATION)
 #include "simd.h"
 #include "elementary.h"
 
+// Run jobs 0 … count - 1; one thread does not open a parallel region, which would take longer than a short job.
+template <class Job>
+static void for_jobs(int64_t count, int64_t threads, const Job& job) {
+    if (threads == 1 || count <= 1) {
+        for (int64_t i = 0; i < count; i++) job(i);
+        return;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) job(i);
+}
+
 }  // namespace longstate::ISA

@@ -18,7 +18,7 @@ struct Rows {
 };
 
 struct Elementwise {
-    int64_t function;  // exp, log, softplus, sigmoid
+    int64_t function;  // exp, log, softplus, sigmoid, silu, its slope
     const float* x;
     float* y;
     int64_t count;
@@ -92,19 +92,54 @@ struct VandermondeBackward {
     double *grad_weights, *grad_log_base;  // [rows n]
 };
 
+// y_t = activation(bias + Σ_i weight_(k-1-i) u_(t-i)), over the steps of the same sequence that count.
+struct ShortConvolution {
+    int64_t batch, length, width, taps, silu, threads;
+    Rows u, weight, bias, initial;  // [b t d] [1 d k] [1 1 d] [b k-1 d]; the last two may be absent
+    const uint8_t *start, *valid;   // [b t], may be null
+    Rows y, final;                  // [b t d], not written where a step does not count, and [b k-1 d]
+};
+
+struct ShortConvolutionBackward {
+    ShortConvolution forward;                              // y and final are not used
+    Rows grad, grad_final;                                 // of y and final
+    Rows grad_u, grad_weight, grad_bias, grad_initial;  // as what they are gradients of
+};
+
+// y = (offset + weight) x / (mean(x^2) + eps)^(1/2) by groups of channels; x is x silu(gate) if gate_first, else y silu(gate)
+// is y. With `round`, what was normed is rounded to bfloat16 before the weight meets it.
+struct RMSNorm {
+    int64_t batch, length, width, groups, gate_first, round, threads;
+    double eps, offset;
+    Rows x, weight, gate;  // [b t d] [1 1 d] [b t d]; the last two may be absent
+    Rows y;                // [b t d]
+};
+
+struct RMSNormBackward {
+    RMSNorm forward;                      // y is not used
+    Rows grad;                            // of y
+    Rows grad_x, grad_weight, grad_gate;  // as what they are gradients of
+};
+
+constexpr int64_t MOST_TAPS = 64;      // of a short convolution
+constexpr int64_t SMALL = 1 << 14;  // numbers that one thread is done with before others are awake
 constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
-#define LONGSTATE_KERNELS(KERNEL)                     \
-    KERNEL(elementwise, Elementwise)                  \
-    KERNEL(linear, Linear)                            \
-    KERNEL(read_memory, ReadMemory)                   \
-    KERNEL(selective_scan, SelectiveScan)             \
-    KERNEL(selective_scan_backward, SelectiveScanBackward) \
-    KERNEL(scan, Scan)                                \
-    KERNEL(scan_backward, ScanBackward)               \
-    KERNEL(vandermonde, Vandermonde)                  \
-    KERNEL(vandermonde_backward, VandermondeBackward)
+#define LONGSTATE_KERNELS(KERNEL)                                \
+    KERNEL(elementwise, Elementwise)                             \
+    KERNEL(linear, Linear)                                       \
+    KERNEL(read_memory, ReadMemory)                              \
+    KERNEL(selective_scan, SelectiveScan)                        \
+    KERNEL(selective_scan_backward, SelectiveScanBackward)       \
+    KERNEL(scan, Scan)                                           \
+    KERNEL(scan_backward, ScanBackward)                          \
+    KERNEL(vandermonde, Vandermonde)                             \
+    KERNEL(vandermonde_backward, VandermondeBackward)            \
+    KERNEL(short_convolution, ShortConvolution)                  \
+    KERNEL(short_convolution_backward, ShortConvolutionBackward) \
+    KERNEL(rms_norm, RMSNorm)                                    \
+    KERNEL(rms_norm_backward, RMSNormBackward)
 
 struct Kernels {
     const char* name;

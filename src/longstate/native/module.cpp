@@ -41,6 +41,7 @@ static Arguments read(const char* name, const nb::args& given) {
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
     m.attr("PIECE") = PIECE;
+    m.attr("MOST_TAPS") = MOST_TAPS;
     m.def("instructions", [] { return kernels->name; });
     m.def("use", [](const char* name) {
         const Kernels* found = choose_kernels(name);

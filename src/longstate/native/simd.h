@@ -48,6 +48,14 @@ static inline void store_some(float* p, vf x, int count) {
 #endif
 }
 
+// One call of `body` for each vector of a row, with its first number and its count; all but the last are known to be full.
+template <class Body>
+static inline void for_vectors(int64_t width, const Body& body) {
+    int64_t i = 0;
+    for (; i + W <= width; i += W) body(i, W);
+    if (i < width) body(i, int(width - i));
+}
+
 typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t vb __attribute__((vector_size(WIDTH)));
 
@@ -84,6 +92,7 @@ static inline vh narrow(vf x) {
     std::memcpy(&b, &x, sizeof b);
     return shorten(x == x ? (b + 0x7fff + ((b >> 16) & 1)) >> 16 : (b >> 16) | 0x40);
 }
+static inline float widen(float x) { return x; }
 static inline float widen(uint16_t x) {
     const uint32_t y = uint32_t(x) << 16;
     float z;

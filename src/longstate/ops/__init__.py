@@ -5,6 +5,7 @@ from ._register import backends as backends
 from .linear import linear as linear
 from .linear_attention import linear_attention as linear_attention
 from .linear_attention import linear_attention_decay as linear_attention_decay
+from .norm import rms_norm as rms_norm
 from .scan import scan as scan
 from .scan import scan_decay as scan_decay
 from .selective_scan import selective_scan as selective_scan

@@ -30,7 +30,7 @@ def backends() -> dict[str, dict[str, str]]:
     """Return, for each op, what each backend is doing: "in use", "on request", or why it is not available."""
     return {
         op: {
-            "reference": "on request",
+            "reference": "on request" if names else "in use",
             **{name: "in use" if name == names[0] else "on request" for name in names},
             **{name: f"not available: {why}" for name, why in _ABSENT.items() if name not in names},
         }
@@ -119,13 +119,17 @@ def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
     return function(results) if isinstance(results, Tensor) else tuple(function(x) for x in results)
 
 
-def with_kernel(kernel: Callable[..., Any], portable: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return the backends of an op whose compiled kernel takes what its portable form takes, if there are kernels."""
-    return {"chunked": portable} if native.kernels is None else {"cpu": kernel, "chunked": portable}
+def with_kernel(
+    kernel: Callable[..., Any], portable: Callable[..., Any] | None = None
+) -> dict[str, Callable[..., Any]]:
+    """Return the backends of an op: its compiled kernel, if there are kernels, and a portable form that takes the same."""
+    backends = {} if native.kernels is None else {"cpu": kernel}
+    return backends if portable is None else {**backends, "chunked": portable}
 
 
 def choose(op: str, backend: str | None, refusals: Mapping[str, str] | None = None) -> str:
-    """Return the backend to run: the preferred one of those that take the arguments, or the one asked for by name.
+    """Return the backend to run: the preferred one of those that take the arguments, or the one asked for by name; the
+    reference where there is no other.
 
     Args:
         op: The op.
@@ -137,19 +141,19 @@ def choose(op: str, backend: str | None, refusals: Mapping[str, str] | None = No
     """
     refused = {name: why for name, why in (refusals or {}).items() if why}
     names = _BACKENDS[op]
+    best = next((name for name in names if name not in refused), "reference")
     if backend is None:
-        name = next(name for name in names if name not in refused)
-        if not torch.compiler.is_compiling() and (op, name) not in _CHOSEN:
-            _CHOSEN.add((op, name))
-            _LOGGER.info("%s: backend %s", op, name)
-        return name
+        if not torch.compiler.is_compiling() and (op, best) not in _CHOSEN:
+            _CHOSEN.add((op, best))
+            _LOGGER.info("%s: backend %s", op, best)
+        return best
     if backend in names and backend in refused:
-        raise ValueError(f"{op}(backend={backend!r}): {refused[backend]}. Use 'chunked', or leave it out.")
+        raise ValueError(f"{op}(backend={backend!r}): {refused[backend]}. Use {best!r}, or leave it out.")
     if backend in names or backend == "reference":
         return backend
     if backend in _ABSENT:
         raise ValueError(
-            f"{op}(backend={backend!r}): not available: {_ABSENT[backend]}. Use {names[0]!r}, or leave it out."
+            f"{op}(backend={backend!r}): not available: {_ABSENT[backend]}. Use {best!r}, or leave it out."
         )
     raise ValueError(f"{op}(backend={backend!r}): there is no such backend.{nearest(backend, ('reference', *names))}")
 
