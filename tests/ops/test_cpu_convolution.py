@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,21 +12,11 @@ from ops.test_against_reference import flags
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
-kernels = native.kernels
 
-INSTRUCTIONS = [name for name in ("baseline", "avx2", "avx512") if kernels.use(name)]
-kernels.use(INSTRUCTIONS[-1])
 # Batch, steps, channels, taps: no step, one, two, fewer than the window, several runs, jobs and pieces of channels.
 SHAPES = [(2, 0, 3, 4), (1, 1, 1, 1), (2, 1, 5, 4), (2, 2, 17, 3), (2, 3, 7, 9), (3, 70, 33, 4), (1, 150, 530, 2)]
 SHAPES += [(2, 130, 16, 4), (2, 37, 20, 3), (1, 40, 17, 64)]
 UNIT, NARROW = 2.0**-24, 2.0**-8
-
-
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    kernels.use(request.param)
-    yield
-    kernels.use(INSTRUCTIONS[-1])
 
 
 def arguments(b: int, t: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -81,7 +70,7 @@ def check(given: dict[str, Any], **options: Any) -> None:
 
 @pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32(shape: tuple[int, ...], marks: str, instructions: None) -> None:
+def test_float32(shape: tuple[int, ...], marks: str, instructions: str) -> None:
     given, options = arguments(*shape), flags(marks, *shape[:2])
     check(given, **options)
     check({"u": given["u"], "weight": given["weight"]}, activation=None, **options)
@@ -89,7 +78,7 @@ def test_float32(shape: tuple[int, ...], marks: str, instructions: None) -> None
 
 @pytest.mark.parametrize("marks", ["", "start valid"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16(shape: tuple[int, ...], marks: str, instructions: None) -> None:
+def test_bfloat16(shape: tuple[int, ...], marks: str, instructions: str) -> None:
     given, options = arguments(*shape, torch.bfloat16), flags(marks, *shape[:2])
     check(given, **options)
     wide = {name: given[name].float() for name in ("weight", "bias")}
@@ -150,7 +139,7 @@ def test_poisoned_memory_and_threads(marks: str) -> None:
         assert all(torch.equal(x, others[name]) for name, x in found[0].items())
 
 
-def test_what_is_no_number_reaches_only_who_sees_it(instructions: None) -> None:
+def test_what_is_no_number_reaches_only_who_sees_it(instructions: str) -> None:
     for taps in (4, 5):
         given = arguments(1, 20, 17, taps)
         given["u"][0, 6, 3] = float("nan")
@@ -164,7 +153,7 @@ def test_what_is_no_number_reaches_only_who_sees_it(instructions: None) -> None:
         assert all(x.isfinite().all() for x in found.values())
 
 
-def test_large_pre_activations(instructions: None) -> None:
+def test_large_pre_activations(instructions: str) -> None:
     """SiLU's slope is 0 and 1 there, and their product with the gradient no accident of inf · 0."""
     x = torch.tensor([-1e30, -1e4, -90.0, 90.0, 1e4, 1e30, float("inf")])[None, :, None].requires_grad_()
     y, _ = ops.convolution.short(x, torch.ones(1, 1), activation="silu", backend="cpu")
@@ -179,7 +168,7 @@ def test_what_the_kernel_does_not_take() -> None:
     for change, reason in (
         (dict(u=given["u"].double(), initial=given["initial"].double()), "float32 and bfloat16"),
         (dict(weight=given["weight"].half()), "float32 and bfloat16"),
-        (dict(bias=given["bias"].double()), "bias"),
+        (dict(bias=given["bias"].double()), "float32 and bfloat16"),
         (arguments(1, 70, 3, 65), "at most 64 taps"),
     ):
         with pytest.raises(ValueError, match=rf"{reason}.*Use 'chunked'"):
@@ -193,7 +182,7 @@ def test_what_the_kernel_does_not_take() -> None:
 def test_as_a_node_of_a_graph(marks: str) -> None:
     given, options = arguments(2, 40, 5, 4), flags(marks, 2, 40)
     tensors = [x.requires_grad_() for x in given.values()]
-    op = torch.ops.longstate.short_convolution_fused.default
+    op = torch.ops.longstate.activated_short_convolution.default
     for some in (tensors, [*tensors[:2], None, None]):
         torch.library.opcheck(op, (*some, options.get("start"), options.get("valid"), True, "cpu"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +12,7 @@ from longstate import native, ops
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
-kernels = native.kernels
 
-INSTRUCTIONS = [name for name in ("baseline", "avx2", "avx512") if kernels.use(name)]
-kernels.use(INSTRUCTIONS[-1])
 # Shapes of inputs, and groups: a vector, no row, one, more rows than a job takes, four axes, odd widths.
 SHAPES = [
     ((5,), 1),
@@ -37,13 +34,6 @@ KINDS = {
     "norm first, plain": dict(gate=True, norm_before_gate=True),
 }
 UNIT, NARROW = 2.0**-24, 2.0**-8
-
-
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    kernels.use(request.param)
-    yield
-    kernels.use(INSTRUCTIONS[-1])
 
 
 def case(kind: str, shape: tuple[int, ...], groups: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -115,14 +105,14 @@ def check(given: dict[str, torch.Tensor], **options: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-def test_float32(kind: str, shape: tuple[int, ...], groups: int, instructions: None) -> None:
+def test_float32(kind: str, shape: tuple[int, ...], groups: int, instructions: str) -> None:
     given, options = case(kind, shape, groups)
     check(given, **options)
 
 
 @pytest.mark.parametrize("narrow", ["x", "weight", "x weight", "x weight gate", "gate"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind: str, narrow: str, instructions: None) -> None:
+def test_bfloat16(kind: str, narrow: str, instructions: str) -> None:
     """Each in a type of its own: float32 residuals meet the weights of a bfloat16 model."""
     for shape, groups in SHAPES:
         given, options = case(kind, shape, groups)
@@ -181,7 +171,7 @@ def test_poisoned_memory_and_threads(kind: str) -> None:
         assert all(torch.equal(x, others[name]) for name, x in found[0].items())
 
 
-def test_what_is_no_number_stays_in_its_group(instructions: None) -> None:
+def test_what_is_no_number_stays_in_its_group(instructions: str) -> None:
     x = torch.randn(2, 4, 34)
     x[0, 1, 3], x[1, 2, 20] = float("nan"), float("inf")
     y = ops.rms_norm(x, groups=2, backend="cpu")

@@ -93,14 +93,14 @@ static inline vf exp_within(vf x) {
     return number(bits(p * (r * r) + r + all(1.f)) + k);
 }
 
-// x / (1 + e^-x), within 3 units of the last place above -88, and 0 to 36 digits below. NaN stays NaN: `most` and
+// x / (1 + e^-x), within 3 units of the last place above -88, and less than 1e-36 below. NaN stays NaN: `most` and
 // `least` return their second argument for it.
 static inline vf silu(vf x) {
     x = most(all(-88.f), x);
     return x / (all(1.f) + exp_within(-least(all(87.f), x)));
 }
 
-// And its slope, s + x s (1 - s) with 1 - s = s e^-x.
+// And its slope s + x s (1 - s), 1 - s = s e^-x, within 5 units of 1.
 static inline vf silu(vf x, vf& slope) {
     x = most(all(-88.f), x);
     vf c = least(all(87.f), x), e = exp_within(-c), s = all(1.f) / (all(1.f) + e);

@@ -101,8 +101,8 @@ struct ShortConvolution {
 };
 
 struct ShortConvolutionBackward {
-    ShortConvolution forward;                              // y and final are not used
-    Rows grad, grad_final;                                 // of y and final
+    ShortConvolution forward;                           // y and final are not used
+    Rows grad, grad_final;                              // of y and final
     Rows grad_u, grad_weight, grad_bias, grad_initial;  // as what they are gradients of
 };
 
@@ -121,9 +121,9 @@ struct RMSNormBackward {
     Rows grad_x, grad_weight, grad_gate;  // as what they are gradients of
 };
 
-constexpr int64_t MOST_TAPS = 64;      // of a short convolution
+constexpr int64_t MOST_TAPS = 64;   // of a short convolution
 constexpr int64_t SMALL = 1 << 14;  // numbers that one thread is done with before others are awake
-constexpr int64_t PIECE = 256;  // channels whose sums are formed together, whatever the number of threads
+constexpr int64_t PIECE = 256;      // channels whose sums are formed together, whatever the number of threads
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
 #define LONGSTATE_KERNELS(KERNEL)                                \

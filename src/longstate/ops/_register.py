@@ -122,7 +122,7 @@ def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
 def with_kernel(
     kernel: Callable[..., Any], portable: Callable[..., Any] | None = None
 ) -> dict[str, Callable[..., Any]]:
-    """Return the backends of an op: its compiled kernel, if there are kernels, and a portable form that takes the same."""
+    """Return the backends of an op: its compiled kernel, if there are any, and a portable form that takes the same."""
     backends = {} if native.kernels is None else {"cpu": kernel}
     return backends if portable is None else {**backends, "chunked": portable}
 

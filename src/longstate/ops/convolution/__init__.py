@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, silu
 
+from ... import native
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Compaction, Timeline, segments, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, expect, register, with_kernel
+from .._register import at_least_float32, call, choose, define, expect, register
 from . import chunked, cpu, reference
 
 __all__ = ["long", "short"]
@@ -50,15 +51,15 @@ def short(
     if activation is not None:
         check_choice("convolution.short", "activation", activation, ["silu"])
     _check("short_convolution", u, weight, bias, initial)
-    timeline = Timeline(None, start, valid).expand(*u.shape[:2])
+    if start is not None or valid is not None:
+        _, start, valid = Timeline(None, start, valid).expand(*u.shape[:2])
     backend = choose("short_convolution", backend, {"cpu": cpu.refusal(u, weight, bias)})
     if backend != "cpu":
-        return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, timeline, backend)
+        return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, backend)
     initial = None if initial is None else initial.to(u.dtype)
-    silu = activation == "silu"
-    return call(
-        "short_convolution_fused", u, weight, bias, initial, timeline.start, timeline.valid, silu, backend="cpu"
-    )
+    silu = activation is not None
+    y, final = call("activated_short_convolution", u, weight, bias, initial, start, valid, silu, backend=backend)
+    return y, final
 
 
 def long(
@@ -89,18 +90,19 @@ def long(
         ValueError: If shapes do not go together or the backend does not exist.
     """
     _check("long_convolution", u, kernel, None, initial)
-    timeline = Timeline(None, start, valid).expand(*u.shape[:2])
+    _, start, valid = Timeline(None, start, valid).expand(*u.shape[:2])
     backend = choose("long_convolution", backend)
-    return _convolve("long_convolution", u, kernel, None, initial, None, timeline, backend)
+    return _convolve("long_convolution", u, kernel, None, initial, None, start, valid, backend)
 
 
 def _check(op: str, u: Tensor, taps: Tensor, bias: Tensor | None, initial: Tensor | None) -> None:
     batch, _, width = u.shape
-    expect(op, "taps", taps, (width, taps.shape[1]))
+    k = taps.shape[-1]
+    expect(op, "taps", taps, (width, k))
     if bias is not None:
         expect(op, "bias", bias, (width,))
     if initial is not None:
-        expect(op, "initial", initial, (batch, taps.shape[1] - 1, width))
+        expect(op, "initial", initial, (batch, k - 1, width))
 
 
 def _convolve(
@@ -110,14 +112,14 @@ def _convolve(
     bias: Tensor | None,
     initial: Tensor | None,
     activation: str | None,
-    timeline: Timeline,
+    start: Tensor | None,
+    valid: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Put the state before the inputs, bring the steps that count together, convolve, and take the new state."""
     batch, length, width = u.shape
     before = taps.shape[1] - 1
     dtype = at_least_float32(u, taps)
-    _, start, valid = timeline
     compaction = None if valid is None else Compaction.of(valid)
     inputs = u
     if compaction is not None:
@@ -181,47 +183,5 @@ def _register(op: str, forward: Any, backward: Any) -> None:
 _register("short_convolution", chunked.short, chunked.short_backward)
 _register("long_convolution", chunked.long, chunked.long_backward)
 
-
-def _fused_fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u), u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2])
-
-
-def _fused_fake_backward(
-    grad: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(0) if x is None else torch.empty_like(x) for x in (u, weight, bias, initial))
-
-
-def _fused_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.silu, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _fused_backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.saved_tensors
-    gradients = torch.ops.longstate.short_convolution_fused_backward(grad, grad_final, *given, ctx.silu, ctx.backend)
-    return (*(None if x is None else g for x, g in zip(given, gradients, strict=False)), None, None, None, None)
-
-
-_FUSED = "Tensor u, Tensor weight, Tensor? bias, Tensor? initial, Tensor? start, Tensor? valid, bool silu"
-register(
-    "short_convolution_fused",
-    f"{_FUSED} -> (Tensor, Tensor)",
-    forward=with_kernel(cpu.short),
-    fake=_fused_fake,
-    setup_context=_fused_setup_context,
-    backward=_fused_backward,
-    computes="short_convolution",
-)
-define(
-    "short_convolution_fused_backward",
-    f"Tensor grad, Tensor grad_final, {_FUSED} -> (Tensor, Tensor, Tensor, Tensor)",
-    with_kernel(cpu.short_backward),
-    _fused_fake_backward,
-)
+if native.kernels is not None:
+    cpu.register_kernel()

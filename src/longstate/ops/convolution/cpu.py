@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import native
 from ..._shapes import Tensor
-
-_TYPES = (torch.float32, torch.bfloat16)
+from .._register import define, register
 
 
 def refusal(u: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Return why the kernel does not take such arguments; "" if it does."""
-    if u.device.type != "cpu" or u.dtype not in _TYPES or weight.dtype not in _TYPES:
+    if not native.takes(u, weight, bias):
         return "its kernel takes float32 and bfloat16 on the CPU"
-    if bias is not None and bias.dtype not in _TYPES:
-        return "its kernel takes a bias in float32 or bfloat16"
     if native.kernels is not None and weight.shape[1] > native.kernels.MOST_TAPS:
         return f"its kernel takes at most {native.kernels.MOST_TAPS} taps"
     return ""
@@ -33,7 +32,7 @@ def short(
     """Return outputs and the final window."""
     assert native.kernels is not None
     y = _to_fill(u, valid)
-    final = u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2])
+    final = torch.empty((u.shape[0], weight.shape[1] - 1, u.shape[2]), dtype=u.dtype)
     _alive, arguments = _given(u, weight, bias, initial, start, valid, silu)
     native.kernels.short_convolution(*arguments, *native.rows(y), *native.rows(final))
     return y, final
@@ -75,7 +74,7 @@ def short_backward(
 
 def _to_fill(u: Tensor, valid: Tensor | None) -> Tensor:
     """The kernels do not come to steps that do not count."""
-    return u.new_empty(u.shape) if valid is None else u.new_zeros(u.shape)
+    return native.empty(u.shape, u.dtype) if valid is None else torch.zeros(u.shape, dtype=u.dtype)
 
 
 def _given(
@@ -94,3 +93,46 @@ def _given(
     numbers = [*u.shape, weight.shape[1], silu, native.threads(), *native.rows(u), *native.matrix(weight)]
     numbers += [*native.vector(bias), *native.rows(initial), native.address(start), native.address(valid)]
     return [u, weight, bias, initial, start, valid], numbers
+
+
+def register_kernel() -> None:
+    """Register the op of the kernel, which computes ``short_convolution`` and what stands around it."""
+    schema = "Tensor u, Tensor weight, Tensor? bias, Tensor? initial, Tensor? start, Tensor? valid, bool silu"
+    register(
+        "activated_short_convolution",
+        f"{schema} -> (Tensor, Tensor)",
+        forward={"cpu": short},
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        computes="short_convolution",
+    )
+    define(
+        "activated_short_convolution_backward",
+        f"Tensor grad, Tensor grad_final, {schema} -> (Tensor, Tensor, Tensor, Tensor)",
+        {"cpu": short_backward},
+        _fake_backward,
+    )
+
+
+def _fake(u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2])
+
+
+def _fake_backward(
+    grad: Tensor, grad_final: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(0) if x is None else torch.empty_like(x) for x in (u, weight, bias, initial))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.silu, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    given = ctx.saved_tensors
+    gradients = torch.ops.longstate.activated_short_convolution_backward(
+        grad, grad_final, *given, ctx.silu, ctx.backend
+    )
+    return (*(None if x is None else g for x, g in zip(given, gradients, strict=False)), None, None, None, None)

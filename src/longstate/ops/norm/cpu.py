@@ -9,14 +9,10 @@ import torch
 from ... import native
 from ..._shapes import Tensor
 
-_TYPES = (torch.float32, torch.bfloat16)
-
 
 def refusal(x: Tensor, weight: Tensor | None, gate: Tensor | None) -> str:
     """Return why the kernel does not take such arguments; "" if it does."""
-    if x.is_cpu and all(y is None or y.dtype in _TYPES for y in (x, weight, gate)):
-        return ""
-    return "its kernel takes float32 and bfloat16 on the CPU"
+    return "" if native.takes(x, weight, gate) else "its kernel takes float32 and bfloat16 on the CPU"
 
 
 def rms_norm(
@@ -30,7 +26,7 @@ def rms_norm(
 ) -> Tensor:
     """Return what ``reference.rms_norm`` returns."""
     assert native.kernels is not None
-    y = torch.empty(x.shape, dtype=(x if weight is None else weight).dtype)
+    y = native.empty(x.shape, (x if weight is None else weight).dtype)
     _alive, arguments = _given(x, weight, gate, eps, groups, offset, norm_before_gate)
     native.kernels.rms_norm(*arguments, *native.rows(_in_rows(y)))
     return y
@@ -49,9 +45,7 @@ def rms_norm_backward(
     """Return the gradients of x, weight and gate, those of what is absent empty."""
     assert native.kernels is not None
     given = (x, weight, gate)
-    grad_x, grad_weight, grad_gate = (
-        torch.empty(0) if y is None else torch.empty(y.shape, dtype=y.dtype) for y in given
-    )
+    grad_x, grad_weight, grad_gate = (torch.empty(0) if y is None else native.empty(y.shape, y.dtype) for y in given)
     _alive, arguments = _given(x, weight, gate, eps, groups, offset, norm_before_gate)
     grad = _in_rows(grad)
     native.kernels.rms_norm_backward(
