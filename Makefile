@@ -18,7 +18,7 @@ SHELL := bash
 export TIMEFORMAT := took %1R s
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs sanitize clean
 .NOTPARALLEL:
 
 # The state: a long file is read once and what the model remembers of it kept as a file. Asked from that file alone it
@@ -51,8 +51,17 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict --quiet
 
+# The tests of the compiled kernels under the address and undefined-behaviour sanitizers, in an environment of their own.
+SANITIZED := build/sanitized
+sanitize:
+	$(PYTHON) -m venv $(SANITIZED)
+	$(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -C cmake.define.LONGSTATE_SANITIZE=ON -C build-dir=$(SANITIZED)/kernels '.[dev]'
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(SANITIZED)/bin/python -m pytest tests/native $(wildcard tests/ops/test_cpu*.py)
+
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache
 
 # The stamps: pip runs again only when what is to be installed has changed. The package itself is installed in place
 # (-e), so a change of its code needs no new installation: Python is read where it stands, and the C++ is built again by
