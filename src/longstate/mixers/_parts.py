@@ -7,10 +7,12 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook as _global_hooks
 
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import convolution, linear, rms_norm
+from ..ops.mamba_step import Product
 from ..timeline import Timeline
 from ._base import mark
 
@@ -18,9 +20,32 @@ from ._base import mark
 class Linear(nn.Linear):
     """``torch.nn.Linear``, which reads its weights at the speed of memory when a few rows come (``ops.linear``)."""
 
+    is_product = True  # of its weight, and of scales if it has any, with its input; not so of every class made from it
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the product with the weight, and the bias."""
         return linear(input, self.weight, self.bias)
+
+
+def product_of(module: nn.Module | None) -> Product | None:
+    """Return what a layer multiplies with, if that is all that calling it does: it may be an adapter, or have hooks."""
+    if module is None or "is_product" not in vars(type(module)) or _hooked(module):
+        return None
+    own = vars(module)["_parameters"] | vars(module)["_buffers"]
+    return Product(own["weight"], own.get("bias"), own.get("scale"))
+
+
+def taps_of(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias of a short convolution with SiLU, if that is all that calling it does."""
+    if type(module) is not ShortConvolution or _hooked(module) or module.activation != "silu":
+        return None
+    own = module._parameters
+    weight, bias = own["weight"], own.get("bias")
+    return None if weight is None else (weight.squeeze(1), bias)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or _global_hooks())
 
 
 class RMSNorm(nn.Module):

@@ -11,9 +11,10 @@ from torch import nn
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import linear, selective_scan
+from ..ops.mamba_step import Weights, mamba_step, takes
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, product_of, softplus_inverse, taps_of
 
 
 class MambaState(NamedTuple):
@@ -23,11 +24,16 @@ class MambaState(NamedTuple):
     ssm: Float[Tensor, "b d n"]
 
 
+_PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+
 class StepProjection(Linear):
     """A linear map whose bias is added in float32 at least: in bfloat16 it gives visibly other steps.
 
     The module is called, never its weight alone, and gives what a linear layer does, so that adapters work.
     """
+
+    is_product = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product with the weight, and the bias."""
@@ -89,7 +95,7 @@ class Mamba(Mixer):
         if inner_norm is not None:
             check_choice("Mamba", "inner_norm", inner_norm, ("plain", "weighted"))
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, inner, d_state, dt_rank
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.inner_norm = dt_min, dt_max, inner_norm
         self.in_proj = Linear(d_model, 2 * inner, bias=bias)
         self.conv1d = ShortConvolution(inner, d_conv, conv_bias)
         self.x_proj = Linear(inner, dt_rank + 2 * d_state, bias=False)
@@ -127,6 +133,10 @@ class Mamba(Mixer):
     ) -> tuple[Float[Tensor, "b t d"], MambaState]:
         """Return outputs and the state after the last step."""
         x, timeline = self._enter(x, timeline)
+        weights = self._step_weights(x, state, timeline)
+        if weights is not None and state is not None and takes(x, weights, *state):
+            y, *after = mamba_step(x, weights, *state)
+            return y, MambaState(*after)
         u, z = self.in_proj(x).chunk(2, -1)
         u, window = self.conv1d(u, None if state is None else state.conv, timeline)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
@@ -147,3 +157,16 @@ class Mamba(Mixer):
         )
         y = self.out_proj(y)
         return zero_where_invalid(y, timeline.valid), MambaState(window, ssm)
+
+    def _step_weights(self, x: Tensor, state: MambaState | None, timeline: Timeline) -> Weights | None:
+        """Return what one token meets, if nothing else stands between its input and its output."""
+        if torch.compiler.is_compiling() or state is None or x.shape[1] != 1 or self.inner_norm:
+            return None
+        if timeline.dt is not None or timeline.start is not None or timeline.valid is not None:
+            return None
+        modules = self._modules  # looking up each by name as an attribute would take longer than a kernel
+        in_proj, x_proj, dt_proj, out_proj = (product_of(modules[name]) for name in _PRODUCTS)
+        filtered = taps_of(modules["conv1d"])
+        if in_proj is None or x_proj is None or dt_proj is None or out_proj is None or filtered is None:
+            return None
+        return Weights(in_proj, *filtered, x_proj, dt_proj, self.A_log, self.D, out_proj)

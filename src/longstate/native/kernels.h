@@ -121,6 +121,15 @@ struct RMSNormBackward {
     Rows grad_x, grad_weight, grad_gate;  // as what they are gradients of
 };
 
+// A Mamba mixer for a few tokens, from its input to its output: each kernel reads what those before it wrote.
+struct MambaStep {
+    Linear in_proj;
+    ShortConvolution conv;
+    Linear x_proj, dt_proj;
+    SelectiveScan scan;
+    Linear out_proj;
+};
+
 constexpr int64_t MOST_TAPS = 64;   // of a short convolution
 constexpr int64_t SMALL = 1 << 14;  // numbers that one thread is done with before others are awake
 constexpr int64_t PIECE = 256;      // channels whose sums are formed together, whatever the number of threads
@@ -129,6 +138,7 @@ constexpr int64_t PIECE = 256;      // channels whose sums are formed together, 
 #define LONGSTATE_KERNELS(KERNEL)                                \
     KERNEL(elementwise, Elementwise)                             \
     KERNEL(linear, Linear)                                       \
+    KERNEL(mamba_step, MambaStep)                                \
     KERNEL(read_memory, ReadMemory)                              \
     KERNEL(selective_scan, SelectiveScan)                        \
     KERNEL(selective_scan_backward, SelectiveScanBackward)       \

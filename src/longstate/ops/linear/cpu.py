@@ -9,7 +9,7 @@ from ..._shapes import Tensor
 from .._register import unobserved
 
 ROWS = 8  # that the kernel takes at most; more are better multiplied by blocks, as torch does
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> str:
@@ -23,9 +23,9 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     if not (unobserved(x, weight) if bias is None else unobserved(x, weight, bias)) or torch.is_autocast_enabled("cpu"):
         return "its kernel has no gradient, and autocast, torch.compile and torch.export do not see it"
     dtype, kind = x.dtype, weight.dtype
-    if not (x.is_cpu and weight.is_cpu) or dtype not in _KINDS or (kind is not dtype and kind is not torch.int8):
+    if not (x.is_cpu and weight.is_cpu) or dtype not in KINDS or (kind is not dtype and kind is not torch.int8):
         return "its kernel takes float32 and bfloat16 on the CPU, and weights of the same type or int8"
-    if (bias is not None and bias.dtype is not dtype) or (scale is not None and scale.dtype not in _KINDS):
+    if (bias is not None and bias.dtype is not dtype) or (scale is not None and scale.dtype not in KINDS):
         return "its kernel takes a bias of the type of x, and scales in float32 or bfloat16"
     outputs, inputs = weight.shape
     if x.size(-1) != inputs or not 0 < x.numel() <= ROWS * inputs or not outputs:
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
         inputs,
         outputs,
         native.threads(),
-        _KINDS[weight.dtype],
+        KINDS[weight.dtype],
         group,
         rows.data_ptr(),
         apart,
