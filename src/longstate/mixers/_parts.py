@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook as _global_hooks
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import convolution, linear, rms_norm
-from ..ops.mamba_step import Product
+from ..ops._mamba_step import Product
 from ..timeline import Timeline
 from ._base import mark
 

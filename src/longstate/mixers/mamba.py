@@ -11,7 +11,7 @@ from torch import nn
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import linear, selective_scan
-from ..ops.mamba_step import Weights, mamba_step, takes
+from ..ops._mamba_step import Weights, mamba_step, takes
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, product_of, softplus_inverse, taps_of
