@@ -65,9 +65,15 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+_TYPES = (torch.float32, torch.bfloat16)
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Return whether all tensors are of a type that kernels read, and in the memory of the CPU."""
-    return all(x is None or (x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu) for x in tensors)
+    for x in tensors:  # a loop, since this is asked many times for each token
+        if x is not None and not (x.dtype in _TYPES and x.is_cpu):
+            return False
+    return True
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,3 +82,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     if kernels is not None and x.nbytes >= 1 << 22:
         kernels.advise(x.data_ptr(), x.nbytes)
     return x
+
+
+def like(x: Tensor) -> Tensor:
+    """Return memory for a result of the shape and type of ``x``, in the usual order; for a small one in half the time."""
+    return torch.empty_like(x) if x.is_contiguous() and x.numel() < 1 << 20 else empty(x.shape, x.dtype)

@@ -28,6 +28,11 @@ struct CountedSteps {
     }
 };
 
+// Where input j is from some channel on; those before the first are in the initial window.
+static const char* input_row(const ShortConvolution& x, const CountedSteps& steps, int64_t b, int64_t j, int64_t first) {
+    return j < 0 ? x.initial.address(b, x.taps - 1 + j, first) : x.u.address(b, steps.at[j], first);
+}
+
 static std::vector<CountedSteps> counted_steps(const ShortConvolution& x) {
     std::vector<CountedSteps> steps;
     steps.reserve(x.batch);
@@ -38,23 +43,23 @@ static std::vector<CountedSteps> counted_steps(const ShortConvolution& x) {
 // Weight and bias in float32, as rows of channels: tap(i) meets the input i steps before.
 struct ConvolutionTaps {
     int64_t taps, stride;
-    std::vector<float> room;
+    std::unique_ptr<float[]> room;
 
     explicit ConvolutionTaps(const ShortConvolution& x)
-        : taps(x.taps), stride(x.width + W), room((x.taps + 1) * stride) {
+        : taps(x.taps), stride(x.width + W), room(new float[(x.taps + 1) * stride]) {
         if (x.weight.narrow)
             turn(reinterpret_cast<const uint16_t*>(x.weight.at), x.weight.row, x.width);
         else
             turn(reinterpret_cast<const float*>(x.weight.at), x.weight.row, x.width);
-        float* row = room.data() + taps * stride;
-        if (x.bias) for_vectors(x.width, [&](int64_t c, int some) { store(row + c, read(x.bias, 0, 0, c, some)); });
+        float* row = room.get() + taps * stride;
+        for_vectors(x.width, [&](int64_t c, int some) { store(row + c, x.bias ? read(x.bias, 0, 0, c, some) : vf{}); });
     }
-    const float* tap(int64_t i) const { return room.data() + i * stride; }
+    const float* tap(int64_t i) const { return room.get() + i * stride; }
     const float* bias() const { return tap(taps); }
 
     template <class T>
     void turn(const T* weight, int64_t row, int64_t width) {
-        float* to = room.data();
+        float* to = room.get();
         if (taps == 4 && row == 4) return turn_4(weight, width, to, to + stride, to + 2 * stride, to + 3 * stride);
         for (int64_t c = 0; c < width; c++)
             for (int64_t i = 0; i < taps; i++) to[i * stride + c] = widen(weight[c * row + taps - 1 - i]);
@@ -82,10 +87,7 @@ struct SeenRows {
         const int64_t* back = steps.back.data() + j;
         if (taps > 1 && taps <= 4 && j + RUN <= end && std::all_of(back, back + RUN, [&](int64_t n) { return n == taps - 1; }))
             run = RUN;
-        for (int64_t i = 0; i < taps + run - 1; i++) {
-            const int64_t from = j - taps + 1 + i;
-            row[i] = from < 0 ? x.initial.address(b, x.taps - 1 + from, first) : x.u.address(b, steps.at[from], first);
-        }
+        for (int64_t i = 0; i < taps + run - 1; i++) row[i] = input_row(x, steps, b, j - taps + 1 + i, first);
     }
 };
 
@@ -151,16 +153,15 @@ void short_convolution(const ShortConvolution& x) {
             j += seen.run;
         }
     });
-    const int64_t before = x.taps - 1;
+    // The final window is some of the inputs: copied, whatever they are, as all these rows are of one type.
+    const int64_t before = x.taps - 1, bytes = x.width * (x.u.narrow ? 2 : 4);
     for (int64_t b = 0; b < x.batch; b++)
         for (int64_t i = 0; i < before; i++) {
             const int64_t j = steps[b].count - before + i;
-            const bool kept = before - i <= steps[b].back.back();
-            const Rows& from = j < 0 ? x.initial : x.u;
-            const int64_t t = j < 0 ? before + j : steps[b].at[j];
-            for_vectors(x.width, [&](int64_t c, int some) {
-                write(x.final, b, i, c, kept ? read(from, b, t, c, some) : vf{}, some);
-            });
+            if (before - i > steps[b].back.back())
+                std::memset(x.final.address(b, i, 0), 0, bytes);
+            else
+                std::memcpy(x.final.address(b, i, 0), input_row(x, steps[b], b, j, 0), bytes);
         }
 }
 

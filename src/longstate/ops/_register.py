@@ -91,7 +91,7 @@ def list_backends(op: str, forward: Mapping[str, Callable[..., Any]]) -> None:
 def call(op: str, *arguments: Any, backend: str) -> Any:
     """Run an op as a node of its own; or without one, which takes half the time of a short call, where nothing would
     see the node: no gradient is wanted and no trace is taken."""
-    if unobserved(*(x for x in arguments if isinstance(x, torch.Tensor))):
+    if unobserved(*[x for x in arguments if isinstance(x, torch.Tensor)]):
         return _FORWARD[op][backend](*arguments)
     return getattr(torch.ops.longstate, op)(*arguments, backend)
 
@@ -139,16 +139,18 @@ def choose(op: str, backend: str | None, refusals: Mapping[str, str] | None = No
     Raises:
         ValueError: If the one asked for does not exist, is not available or does not take the arguments.
     """
-    refused = {name: why for name, why in (refusals or {}).items() if why}
-    names = _BACKENDS[op]
-    best = next((name for name in names if name not in refused), "reference")
+    names, best = _BACKENDS[op], "reference"
+    for name in names:
+        if not (refusals and refusals.get(name)):
+            best = name
+            break
     if backend is None:
-        if not torch.compiler.is_compiling() and (op, best) not in _CHOSEN:
+        if (op, best) not in _CHOSEN and not torch.compiler.is_compiling():
             _CHOSEN.add((op, best))
             _LOGGER.info("%s: backend %s", op, best)
         return best
-    if backend in names and backend in refused:
-        raise ValueError(f"{op}(backend={backend!r}): {refused[backend]}. Use {best!r}, or leave it out.")
+    if backend in names and refusals and refusals.get(backend):
+        raise ValueError(f"{op}(backend={backend!r}): {refusals[backend]}. Use {best!r}, or leave it out.")
     if backend in names or backend == "reference":
         return backend
     if backend in _ABSENT:

@@ -56,7 +56,8 @@ def short(
     backend = choose("short_convolution", backend, {"cpu": cpu.refusal(u, weight, bias)})
     if backend != "cpu":
         return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, backend)
-    initial = None if initial is None else initial.to(u.dtype)
+    if initial is not None and initial.dtype != u.dtype:
+        initial = initial.to(u.dtype)
     silu = activation is not None
     y, final = call("activated_short_convolution", u, weight, bias, initial, start, valid, silu, backend=backend)
     return y, final

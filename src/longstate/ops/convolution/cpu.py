@@ -32,7 +32,10 @@ def short(
     """Return outputs and the final window."""
     assert native.kernels is not None
     y = _to_fill(u, valid)
-    final = torch.empty((u.shape[0], weight.shape[1] - 1, u.shape[2]), dtype=u.dtype)
+    if initial is None:
+        final = torch.empty((u.shape[0], weight.shape[1] - 1, u.shape[2]), dtype=u.dtype)
+    else:
+        final = native.like(initial)
     _alive, arguments = _given(u, weight, bias, initial, start, valid, silu)
     native.kernels.short_convolution(*arguments, *native.rows(y), *native.rows(final))
     return y, final
@@ -74,7 +77,7 @@ def short_backward(
 
 def _to_fill(u: Tensor, valid: Tensor | None) -> Tensor:
     """The kernels do not come to steps that do not count."""
-    return native.empty(u.shape, u.dtype) if valid is None else torch.zeros(u.shape, dtype=u.dtype)
+    return native.like(u) if valid is None else torch.zeros(u.shape, dtype=u.dtype)
 
 
 def _given(
@@ -88,8 +91,14 @@ def _given(
 ) -> tuple[list[Tensor | None], list[int]]:
     """Return the tensors that must stay alive, and what the kernels begin with."""
     u, weight = native.in_rows(u), native.in_rows(weight)
-    bias, start, valid = (None if x is None else x.contiguous() for x in (bias, start, valid))
-    initial = None if initial is None else native.in_rows(initial)
+    if bias is not None:
+        bias = bias.contiguous()
+    if initial is not None:
+        initial = native.in_rows(initial)
+    if start is not None:
+        start = start.contiguous()
+    if valid is not None:
+        valid = valid.contiguous()
     numbers = [*u.shape, weight.shape[1], silu, native.threads(), *native.rows(u), *native.matrix(weight)]
     numbers += [*native.vector(bias), *native.rows(initial), native.address(start), native.address(valid)]
     return [u, weight, bias, initial, start, valid], numbers

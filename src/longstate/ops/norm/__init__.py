@@ -54,7 +54,7 @@ def rms_norm(
     if weight is not None:
         expect("rms_norm", "weight", weight, (width,))
     if gate is not None:
-        expect("rms_norm", "gate", gate, tuple(x.shape))
+        expect("rms_norm", "gate", gate, x.shape)
     backend = choose("rms_norm", backend, {"cpu": cpu.refusal(x, weight, gate)})
     if backend == "reference":
         return reference.rms_norm(x, weight, gate, eps, groups, offset, norm_before_gate)

@@ -26,9 +26,9 @@ def rms_norm(
 ) -> Tensor:
     """Return what ``reference.rms_norm`` returns."""
     assert native.kernels is not None
-    y = native.empty(x.shape, (x if weight is None else weight).dtype)
+    y = native.like(x) if weight is None or weight.dtype == x.dtype else native.empty(x.shape, weight.dtype)
     _alive, arguments = _given(x, weight, gate, eps, groups, offset, norm_before_gate)
-    native.kernels.rms_norm(*arguments, *native.rows(_in_rows(y)))
+    native.kernels.rms_norm(*arguments, *_rows_of(y))
     return y
 
 
@@ -45,16 +45,16 @@ def rms_norm_backward(
     """Return the gradients of x, weight and gate, those of what is absent empty."""
     assert native.kernels is not None
     given = (x, weight, gate)
-    grad_x, grad_weight, grad_gate = (torch.empty(0) if y is None else native.empty(y.shape, y.dtype) for y in given)
+    grad_x, grad_weight, grad_gate = (torch.empty(0) if y is None else native.like(y) for y in given)
     _alive, arguments = _given(x, weight, gate, eps, groups, offset, norm_before_gate)
     grad = _in_rows(grad)
     native.kernels.rms_norm_backward(
         *arguments,
         *native.rows(None),
         *native.rows(grad),
-        *native.rows(_in_rows(grad_x)),
+        *_rows_of(grad_x),
         *native.vector(grad_weight),
-        *native.rows(None if gate is None else _in_rows(grad_gate)),
+        *(native.rows(None) if gate is None else _rows_of(grad_gate)),
     )
     return grad_x, grad_weight, grad_gate
 
@@ -64,6 +64,13 @@ def _in_rows(x: Tensor) -> Tensor:
     if x.ndim != 3:
         x = x.reshape(math.prod(x.shape[:-2]), *([1] * (2 - x.ndim)), *x.shape[-2:])
     return native.in_rows(x)
+
+
+def _rows_of(x: Tensor) -> tuple[int, int, int, bool]:
+    """Return how a kernel finds the rows of a new ``[… d]``, all at one distance."""
+    shape = x.shape
+    width = shape[-1]
+    return x.data_ptr(), shape[-2] * width if len(shape) > 1 else width, width, x.dtype is torch.bfloat16
 
 
 def _given(
