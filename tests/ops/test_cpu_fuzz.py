@@ -57,6 +57,37 @@ def scan(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str
     return ops.scan, dict(a=a, b=inputs, initial=torch.randn(b, *shape, dtype=kind)), {}
 
 
+def some_narrow(r: random.Random, given: dict[str, torch.Tensor], optional: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Leave out some arguments that may be absent, and round some."""
+    given = {name: x for name, x in given.items() if name not in optional or r.random() < 0.6}
+    return {name: x if r.random() < 0.6 else x.bfloat16() for name, x in given.items()}
+
+
+def short_convolution(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    d, k = size(r), r.choice([1, 2, 3, 4, 4, 4, 5, 9])
+    given = dict(
+        u=torch.randn(b, t, d), weight=torch.randn(d, k), bias=torch.randn(d), initial=torch.randn(b, k - 1, d)
+    )
+    options = dict(activation=r.choice([None, "silu"]))
+    return ops.convolution.short, some_narrow(r, given, ("bias", "initial")), options
+
+
+def rms_norm(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    groups = r.choice([1, 1, 2, 3])
+    shape = (b, t, *[r.randint(1, 3)] * r.randint(0, 1), groups * size(r))
+    given = dict(x=torch.randn(shape), weight=torch.randn(shape[-1]), gate=torch.randn(shape))
+    options = dict(groups=groups, eps=0.1, offset=r.choice([0.0, 1.0]), norm_before_gate=r.random() < 0.5)
+
+    def with_nothing_after(start: Any = None, valid: Any = None, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y = ops.rms_norm(**arguments)
+        return y, y[:0]
+
+    given = some_narrow(r, given, ("weight", "gate"))
+    if "weight" in given:  # a narrow one meets what was rounded before
+        given["weight"] = given["weight"].float()
+    return with_nothing_after, given, options
+
+
 def wide(x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
@@ -64,7 +95,7 @@ def wide(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("make", [selective_scan, scan], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [selective_scan, scan, short_convolution, rms_norm], ids=lambda make: make.__name__)
 def test_random_calls(make: Callable[..., Any], seed: int) -> None:
     """Float32: sums of a few hundred products. In bfloat16 what comes out is rounded, by 2^-9 of itself; a gradient may
     be a sum over all steps of products of two such numbers, of either sign, and small itself."""

@@ -85,5 +85,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def like(x: Tensor) -> Tensor:
-    """Return memory for a result of the shape and type of ``x``, in the usual order; for a small one in half the time."""
+    """Return memory for a result of the shape and type of ``x``, in the usual order; a small one in half the time."""
     return torch.empty_like(x) if x.is_contiguous() and x.numel() < 1 << 20 else empty(x.shape, x.dtype)
