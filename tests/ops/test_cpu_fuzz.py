@@ -88,14 +88,29 @@ def rms_norm(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict
     return with_nothing_after, given, options
 
 
+def linear_attention(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    g, k, p = r.randint(1, 3), size(r), size(r)
+    h = g * r.choice([1, 2, 5])
+    decays = {"none": None, "head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}
+    decay = decays[r.choice(list(decays))]
+    shapes = dict(q=(b, t, g, k), k=(b, t, g, k), v=(b, t, h, p))
+    given = {name: torch.randn(shape) for name, shape in shapes.items()}
+    given = {name: x if r.random() < 0.5 else x.bfloat16() for name, x in given.items()}
+    given |= {} if decay is None else {"log_decay": -3 * torch.rand(decay)}
+    return ops.linear_attention, given | {"initial": torch.randn(b, h, k, p)}, {}
+
+
 def wide(x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
+OPS = (selective_scan, scan, linear_attention, short_convolution, rms_norm)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("make", [selective_scan, scan, short_convolution, rms_norm], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", OPS, ids=[make.__name__ for make in OPS])
 def test_random_calls(make: Callable[..., Any], seed: int) -> None:
     """Float32: sums of a few hundred products. In bfloat16 what comes out is rounded, by 2^-9 of itself; a gradient may
     be a sum over all steps of products of two such numbers, of either sign, and small itself."""

@@ -130,14 +130,38 @@ struct MambaStep {
     Linear out_proj;
 };
 
+// S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t; heads h share groups g of queries and keys.
+struct LinearAttention {
+    int64_t batch, length, groups, heads, keys, values;
+    int64_t channels;       // of the log decay, to a head: none, one or `keys`
+    int64_t tile, threads;  // tile: steps between kept states
+    Rows q, k, v, decay;    // [b t (g k)] [b t (g k)] [b t (h p)] [b t (h channels)]
+    const float* initial;   // [b h k p]
+    const uint8_t* start;   // [b t], may be null
+    Rows y;                 // [b t (h p)]
+    float *final, *kept;    // [b h k p] [tiles+1 b h k p]: the states around tiles; null if not wanted
+};
+
+struct LinearAttentionBackward {
+    LinearAttention forward;  // with kept; initial, y and final are not used
+    Rows grad;                // of y
+    const float* grad_final;  // of final
+    Rows grad_q, grad_k;      // [(pieces b) t (g k)]: for each piece of a group's heads
+    Rows grad_v, grad_decay;  // [b t (h p)] [b t (h channels)]: the latter is added to what is there
+    float* grad_initial;      // [b h k p]
+};
+
 constexpr int64_t MOST_TAPS = 64;   // of a short convolution
 constexpr int64_t SMALL = 1 << 14;  // numbers that one thread is done with before others are awake
+constexpr int64_t HEADS = 4;        // heads of a group whose sums are formed together
 constexpr int64_t PIECE = 256;      // channels whose sums are formed together, whatever the number of threads
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
 #define LONGSTATE_KERNELS(KERNEL)                                \
     KERNEL(elementwise, Elementwise)                             \
     KERNEL(linear, Linear)                                       \
+    KERNEL(linear_attention, LinearAttention)                    \
+    KERNEL(linear_attention_backward, LinearAttentionBackward)   \
     KERNEL(mamba_step, MambaStep)                                \
     KERNEL(read_memory, ReadMemory)                              \
     KERNEL(selective_scan, SelectiveScan)                        \

@@ -42,6 +42,7 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
     m.attr("PIECE") = PIECE;
     m.attr("MOST_TAPS") = MOST_TAPS;
+    m.attr("HEADS") = HEADS;
     m.def("instructions", [] { return kernels->name; });
     m.def("use", [](const char* name) {
         const Kernels* found = choose_kernels(name);

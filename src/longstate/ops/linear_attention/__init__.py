@@ -8,8 +8,8 @@ import torch
 
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, differentiated, expect, register
-from . import chunked, reference
+from .._register import at_least_float32, call, choose, define, differentiated, expect, register, with_kernel
+from . import chunked, cpu, reference
 
 
 def linear_attention(
@@ -48,10 +48,40 @@ def linear_attention(
         Katharopoulos et al., arXiv:2006.16236; Yang et al., arXiv:2312.06635 (gates, chunks); Dao and Gu,
         arXiv:2405.21060 (q = C, k = B, v = Δx, g = ΔA).
     """
+    _check(q, k, v, log_decay, initial)
+    backend = choose("linear_attention", backend, {"cpu": cpu.refusal(q, k, v, log_decay, initial)})
+    output, dtype = v.dtype, torch.float32
+    if backend != "cpu":
+        dtype = at_least_float32(*(x for x in (q, k, v, log_decay, initial) if x is not None))
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if start is not None or valid is not None:
+        timeline = Timeline(start=start, valid=valid).expand(q.shape[0], q.shape[1])
+        start, valid = timeline.start, timeline.valid
+        q, k, v = (zero_where_invalid(x, valid) for x in (q, k, v))
+        if log_decay is not None and valid is not None:
+            log_decay = log_decay.expand(v.shape[:3]) if log_decay.ndim == 1 else log_decay
+            log_decay = zero_where_invalid(log_decay, valid)
+    if log_decay is not None and log_decay.dtype is not dtype:  # asked first: a conversion to the same is not free
+        log_decay = log_decay.to(dtype)
+    if initial is None:
+        initial = v.new_zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
+    elif initial.dtype is not dtype:
+        initial = initial.to(dtype)
+    if backend == "reference":
+        y, final = reference.linear_attention(q, k, v, log_decay, initial, start)
+    else:
+        interval = cpu.TILE if backend == "cpu" else chunked.SPAN
+        keep = interval if differentiated(q, k, v, log_decay, initial) else 0
+        y, final, _ = call("linear_attention", q, k, v, log_decay, initial, start, keep, backend=backend)
+    return (y if y.dtype is output else y.to(output)), final
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None) -> None:
+    """Check that shapes go together."""
     batch, length, groups, width = q.shape
-    heads = v.shape[2]
-    expect("linear_attention", "k", k, tuple(q.shape))
-    expect("linear_attention", "v", v, (batch, length, heads, v.shape[3]))
+    heads, values = v.shape[2], v.shape[3]
+    expect("linear_attention", "k", k, q.shape)
+    expect("linear_attention", "v", v, (batch, length, heads, values))
     if heads % groups:
         raise ValueError(
             f"linear_attention: {heads} heads of v cannot share {groups} groups of q and k. Take a divisor of {heads}."
@@ -60,26 +90,7 @@ def linear_attention(
         shape = (batch, length, heads)
         expect("linear_attention", "log_decay", log_decay, (heads,), shape, (*shape, width))
     if initial is not None:
-        expect("linear_attention", "initial", initial, (batch, heads, width, v.shape[3]))
-    dtype = at_least_float32(*(x for x in (q, k, v, log_decay, initial) if x is not None))
-    timeline = Timeline(start=start, valid=valid).expand(batch, length)
-    output = v.dtype
-    q, k, v = (zero_where_invalid(x, timeline.valid).to(dtype) for x in (q, k, v))
-    if log_decay is not None:
-        log_decay = log_decay.to(dtype)
-        if timeline.valid is not None:
-            log_decay = zero_where_invalid(
-                log_decay.expand(shape) if log_decay.ndim == 1 else log_decay, timeline.valid
-            )
-    state = v.new_zeros(batch, heads, width, v.shape[3]) if initial is None else initial.to(dtype)
-    backend = choose("linear_attention", backend)
-    keep = differentiated(q, k, v, log_decay, state)
-    if backend == "reference":
-        y, final = reference.linear_attention(q, k, v, log_decay, state, timeline.start)
-    else:
-        arguments = (q, k, v, log_decay, state, timeline.start, keep)
-        y, final, _ = call("linear_attention", *arguments, backend=backend)
-    return y.to(output), final
+        expect("linear_attention", "initial", initial, (batch, heads, width, values))
 
 
 def linear_attention_decay(
@@ -114,11 +125,10 @@ def linear_attention_decay(
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans = (v.shape[1] + chunked.SPAN - 1) // chunked.SPAN
-    # One more than spans: tracing makes a promise about an axis that could have one entry.
-    kept = initial.new_empty(spans + 1, *initial.shape) if keep else initial.new_empty(0)
+    # One more than there are: tracing makes a promise about an axis that could have one entry.
+    kept = initial.new_empty((v.shape[1] + keep - 1) // keep + 1, *initial.shape) if keep else initial.new_empty(0)
     return torch.empty_like(v), torch.empty_like(initial), kept
 
 
@@ -131,29 +141,30 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, log_decay, _, start, _, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, log_decay, start, output[0], output[2])
+    y = None if ctx.backend == "cpu" else output[0]
+    ctx.save_for_backward(q, k, v, log_decay, start, y, output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     op = torch.ops.longstate.linear_attention_backward
-    *gradients, decay, initial = op(grad.contiguous(), grad_final, *saved, ctx.backend)
+    *gradients, decay, initial = op(grad, grad_final, *saved, ctx.backend)
     return (*gradients, None if saved[3] is None else decay, initial, None, None, None)
 
 
 register(
     "linear_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start, bool keep"
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start, int keep"
     " -> (Tensor, Tensor, Tensor)",
-    forward={"chunked": chunked.linear_attention},
+    forward=with_kernel(cpu.linear_attention, chunked.linear_attention),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 define(
     "linear_attention_backward",
-    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor y,"
+    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor? y,"
     " Tensor beginnings -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"chunked": chunked.linear_attention_backward},
+    with_kernel(cpu.linear_attention_backward, chunked.linear_attention_backward),
     _fake_backward,
 )

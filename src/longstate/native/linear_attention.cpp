@@ -1,0 +1,108 @@
+// Linear attention: a chunk's steps meet each other in a small square, and the state in two products with its rows.
+#include "isa.h"
+
+namespace longstate::ISA {
+
+#include "chunks.h"
+#include "decays.h"
+
+// One step of some channels of a head: the state is read and written once.
+template <int N>
+static void step(const LinearAttention& x, int64_t b, int64_t h, int64_t i, int count, const float* remains,
+                 const float* q, const float* k) {
+    const int64_t every = x.channels > 1, at = (b * x.heads + h) * x.keys * x.values + i;
+    const float* before = x.initial + at;
+    float* after = x.final + at;
+    vf v[N], y[N] = {};
+    for (int n = 0; n < N; n++) v[n] = read(x.v, b, 0, h * x.values + i + n * W, count);
+    for (int64_t m = 0; m < x.keys; m++, before += x.values, after += x.values)
+        for (int n = 0; n < N; n++) {
+            const float f = remains[m * every];
+            const vf old = f == -1.f ? vf{} : load_some(before + n * W, count);
+            const vf s = (f <= 0.f ? old + old * all(f) : old * all(f)) + v[n] * all(k[m]);
+            store_some(after + n * W, s, count);
+            y[n] += s * all(q[m]);
+        }
+    for (int n = 0; n < N; n++) write(x.y, b, 0, h * x.values + i + n * W, y[n], count);
+}
+
+static void one_step(const LinearAttention& x, const Decays& decays) {
+    const int64_t width = filled(x.keys), shared = x.heads / x.groups;
+#pragma omp parallel for schedule(static) num_threads(x.threads) if (x.batch * x.heads * x.keys * x.values > 1 << 16)
+    for (int64_t job = 0; job < x.batch * x.heads; job++) {
+        const FlushedToZero flushed;
+        const int64_t b = job / x.heads, h = job % x.heads, first = h / shared * x.keys;
+        Room room(2 * width + filled(std::max<int64_t>(1, x.channels)));
+        float* remains = room.data() + 2 * width;
+        decays.read_steps(b, 0, 1, h, remains, 1);
+        for (int64_t i = 0; i < std::max<int64_t>(1, x.channels); i += W) store(remains + i, remaining(load(remains + i)));
+        const float* q = read_row(from(x.q, first), b, 0, x.keys, room.data());
+        const float* k = read_row(from(x.k, first), b, 0, x.keys, room.data() + width);
+        int64_t i = 0;
+        for (; i + 4 * W <= x.values; i += 4 * W) step<4>(x, b, h, i, W, remains, q, k);
+        for (; i < x.values; i += W) step<1>(x, b, h, i, int(std::min<int64_t>(W, x.values - i)), remains, q, k);
+    }
+}
+
+void linear_attention(const LinearAttention& x) {
+    const Decays decays{x.decay, x.start, x.length, x.channels};
+    if (x.length == 1 && !x.kept) return one_step(x, decays);
+    const int64_t shared = x.heads / x.groups, pieces = (shared + HEADS - 1) / HEADS;
+    const int64_t n = filled(x.keys), p = filled(x.values), state = x.keys * x.values;
+#pragma omp parallel for schedule(static) num_threads(x.threads)
+    for (int64_t job = 0; job < x.batch * x.groups * pieces; job++) {
+        const FlushedToZero flushed;
+        const int64_t piece = job % pieces, group = job / pieces % x.groups, b = job / pieces / x.groups;
+        const int64_t first = group * shared + piece * HEADS, end = std::min(first + HEADS, (group + 1) * shared);
+        Room q(C * n), k(C * n), columns(n * C), g(C * (x.channels > 1 ? n : 1)), v(C * p), y(C * p);
+        Room states((end - first) * x.keys * p), q_into(x.channels > 1 ? C * n : 0), k_out(q_into.size()), through(n);
+        Square pairs, scores;
+        HeadDecays head;
+        for (int64_t h = first; h < end; h++)
+            widen_rows(x.initial + (b * x.heads + h) * state, x.keys, x.values, &states[(h - first) * x.keys * p]);
+        for (int64_t t = 0; t < x.length; t += C) {
+            const int64_t count = std::min<int64_t>(C, x.length - t);
+            gather(x.q, b, t, count, group * x.keys, x.keys, q.data());
+            gather(x.k, b, t, count, group * x.keys, x.keys, k.data());
+            if (!decays.by_channel()) {
+                transpose(C, n, k.data(), n, columns.data(), C);
+                multiply(C, C, x.keys, q.data(), n, 1, columns.data(), C, pairs, C, REPLACE);
+            }
+            for (int64_t h = first; h < end; h++) {
+                float* S = &states[(h - first) * x.keys * p];
+                if (x.kept && t % x.tile == 0)
+                    narrow_rows(S, x.keys, x.values, x.kept + ((t / x.tile * x.batch + b) * x.heads + h) * state);
+                decays.read_steps(b, t, count, h, g.data());
+                gather(x.v, b, t, count, h * x.values, x.values, v.data());
+                if (decays.by_channel()) {
+                    q_into = q, k_out = k;
+                    channel_decays(g.data(), n, through.data());
+                    decayed_scores(g.data(), q.data(), k_out.data(), n, scores);
+                    decay_from_begin(g.data(), q_into.data(), n);
+                    const int64_t alive = decays.before_start(b, t, count);  // later steps see nothing of S, be it NaN
+                    multiply(alive, p, x.keys, q_into.data(), n, 1, S, p, y.data(), p, REPLACE);
+                    std::fill_n(&y[0] + alive * p, (count - alive) * p, 0.f);
+                    multiply_lower(count, p, scores, v.data(), p, y.data(), p, ADD);
+                    multiply(x.keys, p, count, k_out.data(), 1, n, v.data(), p, S, p,
+                             {through.data(), 1});
+                } else {
+                    head.set(g.data());
+                    for (int i = 0; i < C * C; i += W) store(scores + i, load(pairs + i) * load(head.D + i));
+                    multiply(count, p, x.keys, q.data(), n, 1, S, p, y.data(), p, REPLACE);
+                    multiply_lower(count, p, scores, v.data(), p, y.data(), p, {head.remains_into, 1});
+                    scale_rows(v.data(), p, head.out());
+                    multiply(x.keys, p, count, k.data(), 1, n, v.data(), p, S, p, head.through());
+                }
+                scatter(x.y, b, t, count, h * x.values, x.values, y.data());
+            }
+        }
+        const int64_t tiles = (x.length + x.tile - 1) / x.tile;
+        for (int64_t h = first; h < end; h++) {
+            float* final = x.final + (b * x.heads + h) * state;
+            narrow_rows(&states[(h - first) * x.keys * p], x.keys, x.values, final);
+            if (x.kept) std::copy_n(final, state, x.kept + ((tiles * x.batch + b) * x.heads + h) * state);
+        }
+    }
+}
+
+}  // namespace longstate::ISA
