@@ -13,6 +13,7 @@ import yaml
 import longstate
 from longstate.cli import main
 from longstate.cli.train import command
+from longstate.compression import quantize
 from longstate.generate import Sampling, generate
 from longstate.train import Options
 
@@ -127,6 +128,16 @@ def test_generation_goes_on_from_its_own_state(run: Run, folder: Path, tmp_path:
     rest = run("generate", folder, "--state-in", notes, "--max-tokens", 10, "--seed", 4)
     whole = run("generate", folder, "--prompt", "a", "--max-tokens", 20, "--seed", 4)
     assert first.removesuffix("\n") + rest == whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_weights_of_a_type(run: Run, folder: Path, dtype: str) -> None:
+    model = longstate.load(folder).eval()
+    model = quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+    wanted = "".join(step.text[0] for step in generate(model, ["def "], sampling=Sampling(temperature=0), max_tokens=9))
+    given = ("generate", folder, "--prompt", "def ", "--max-tokens", 9, "--temperature", 0)
+    assert run(*given, "--dtype", dtype) == f"def {wanted}\n"
+    assert dtype != "float32" or run(*given) == f"def {wanted}\n"
 
 
 def test_info_says_what_a_model_is_made_of(run: Run, folder: Path) -> None:

@@ -88,6 +88,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["generate", "model", "--document", "latin.txt"], "latin.txt: not UTF-8"),
         (["generate", "model", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "model", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["generate", "model", "--prompt", "a", "--dtype", "int4"], "there is no such dtype. Did you mean 'int8'?"),
         (["generate", "model", "--prompt", "a", "--stop", ""], "a stop string is empty"),
         (["generate", "model", "--state-in", "none.safetensors"], "none.safetensors: no such file"),
         (["generate", "model", "--state-in", "text.txt"], "text.txt: not a readable safetensors file"),

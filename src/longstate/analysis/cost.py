@@ -54,16 +54,15 @@ def token_cost(model: LanguageModel, context: int = 1024) -> list[Cost]:
     counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     embedding = model.get_submodule("backbone.embedding")
-    assert isinstance(embedding, nn.Embedding)
-    row = embedding.embedding_dim * embedding.weight.element_size()
-    costs = [Cost("embedding", embedding.weight.numel(), 0, 0, row)]
+    table = list(embedding.parameters())  # of int8 rows, their scales as well
+    costs = [Cost("embedding", _numel(embedding), 0, 0, _nbytes(embedding) // len(table[0]))]
     for i, (block, state) in enumerate(zip(model.backbone.layers, before, strict=True)):
         size = states.nbytes(state)
         flops = counts.get(f"backbone.layers.{i}", 0) + _recurrence(state) + _convolution(block)
         name = f"{i} {type(block.mlp if block.mixer is None else block.mixer).__name__}"
         costs.append(Cost(name, _numel(block), size, flops, _nbytes(block) + 2 * size))
     head = model.lm_head
-    own = 0 if head.weight is embedding.weight else _numel(head)
+    own = 0 if next(head.parameters()) is table[0] else _numel(head)
     norm = model.backbone.norm_f
     costs.append(Cost("head", own + _numel(norm), 0, counts.get("lm_head", 0), _nbytes(head) + _nbytes(norm)))
     return costs

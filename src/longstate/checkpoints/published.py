@@ -94,11 +94,18 @@ def save(
         tokens: Numbers of special tokens that the configuration of a family names, such as ``eos_token_id``.
 
     Raises:
-        ValueError: If the family has no place for an option of the model, or it is another kind of model.
+        ValueError: If the family has no place for an option of the model, it is another kind of model, or
+            it is quantised.
     """
     if not isinstance(model, LanguageModel):
         hint = " Give its to_model()." if hasattr(model, "to_model") else ""
         raise ValueError(f"save: a {type(model).__name__} came, wanted a LanguageModel.{hint}")
+    quantized = [name for name, x in model.state_dict().items() if x.dtype == torch.int8]
+    if quantized:
+        raise ValueError(
+            f"save: {quantized[0]} is quantised, which no format here has. Save the model that it was made from, and "
+            f"quantise that after loading."
+        )
     if family is None:
         native.save(model, folder)
         return

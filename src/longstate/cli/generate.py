@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from .._errors import check_choice
 from ..checkpoints import load_pretrained
 from ..checkpoints.published import folder_of
+from ..compression import quantize
 from ..data.text import read_documents
 from ..data.tokenizers import stop_tokens, tokenizer_of
 from ..generate import Sampling, generate, load_memory, prompt_tokens, read, save_memory
+from ..models import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": None}  # of the weights when they are read
 
 
 def command(
@@ -35,12 +41,18 @@ def command(
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given again.")] = None,
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="'float32' or 'bfloat16' weights, or 'int8' ones of linear layers; else as they are."),
+    ] = None,
 ) -> None:
     """Write on from a prompt.
 
     A long text can be read once and asked about later: keep it with --document and --state-out, and take it up with
     --state-in.
     """
+    if dtype is not None:
+        check_choice("generate", "dtype", dtype, DTYPES)
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if prompt is not None and prompts_file is not None:
         raise ValueError("--prompt and --prompts-file both came. Give one of them.")
@@ -56,7 +68,7 @@ def command(
         raise FileNotFoundError(f"--state-out {state_out}: there is no such folder. Make it first.")
 
     place = folder_of(folder)
-    model = load_pretrained(place, device=device).eval()
+    model = _load(place, device, dtype)
     tokenizer = tokenizer_of(place, model.vocab_size)
     memory = load_memory(model, state_in) if state_in is not None else None
     if text is not None:
@@ -86,6 +98,12 @@ def command(
     typer.echo("" if streams else "\n\n".join(f"[{i}] {text}" for i, text in enumerate(written, 1)))
     if state_out is not None:
         save_memory(memory, model, state_out)
+
+
+def _load(folder: Path, device: str, dtype: str | None) -> LanguageModel:
+    """Read a model, with its weights in a type."""
+    model = load_pretrained(folder, device=device, dtype=DTYPES[dtype] if dtype else None).eval()
+    return quantize(model) if dtype == "int8" else model
 
 
 def _as_message(folder: Path, text: str) -> str:

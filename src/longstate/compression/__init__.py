@@ -1,0 +1,3 @@
+"""Models made smaller."""
+
+from .quantization import quantize as quantize
