@@ -78,6 +78,20 @@ def test_the_kernel(shape: tuple[int, int, int], kind: torch.dtype, instructions
 
 @compiled
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_wider_result_is_not_rounded(kind: torch.dtype, instructions: str) -> None:
+    given = matrix(30, 50, 1, kind) | dict(bias=torch.randn(30))
+    x = torch.randn(1, 2, 50).to(torch.bfloat16 if kind == torch.bfloat16 else torch.float32)
+    y = ops.linear(x, **given, dtype=torch.float32, backend="cpu")
+    assert y.dtype == torch.float32
+    check(y, x, given)
+    for backend in ("chunked", "reference"):
+        y = ops.linear(x, **given, dtype=torch.float64, backend=backend)
+        assert y.dtype == torch.float64
+        torch.testing.assert_close(y, exact(x, **given)[0], rtol=1e-2, atol=1e-1 if kind == torch.bfloat16 else 1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_threads_and_other_rows_change_no_bit(kind: torch.dtype, instructions: str) -> None:
     given = matrix(515, 320, 1, kind)  # large enough for several threads
     dtype = torch.float32 if kind == torch.int8 else kind

@@ -10,13 +10,13 @@ from torch import nn
 from .._errors import check_choice
 from .._shapes import Float, Int, Tensor
 from ..mixers._parts import Linear
+from ..mixers.mamba import StepProjection
 from ..ops import linear
 from ..ops.linear.chunked import CHUNK, widened
 
 KINDS = ("int8",)
 _LARGEST = 127  # −128 is left out: it would have no counterpart
-# What computes in a way of its own stays as it is: routers, whose near ties are real choices, and the projection of Δ.
-_LINEAR = (nn.Linear, Linear)
+_LINEAR = (nn.Linear, Linear, StepProjection)  # not routers, whose near ties are real choices
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -34,6 +34,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.quantized, self.scale, self.bias = quantized, scale, layer.bias
+        self.wide = isinstance(layer, StepProjection)  # whether the bias is added in float32 at least
 
     @property
     def weight(self) -> Tensor:
@@ -42,7 +43,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """Return the product with the weights, and the bias."""
-        return linear(x, self.quantized, self.bias, self.scale)
+        dtype = torch.promote_types(self.bias.dtype, torch.float32) if self.wide else None
+        return linear(x, self.quantized, self.bias, self.scale, dtype=dtype)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -73,8 +75,8 @@ def quantize(model: AnyModule, kind: str = "int8", group: int | None = None) -> 
 
         W_oi ≈ scale_og q_oi,    scale_og = max_{i in g} |W_oi| / 127,    q = round(W / scale)
 
-    so that no weight changes by more than half a scale. Activations, norms, convolutions, biases, A, D, routers, the
-    projection of Mamba's Δ and routed experts keep their types. A head that is the embedding stays so: both read the
+    so that no weight changes by more than half a scale. Activations, norms, convolutions, biases, A, D, routers
+    and routed experts keep their types. A head that is the embedding stays so: both read the
     same int8 rows. The weights are not trained any more, but gradients pass through the layers.
 
     Args:

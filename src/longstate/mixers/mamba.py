@@ -37,8 +37,7 @@ class StepProjection(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product with the weight, and the bias."""
-        dtype = state_dtype(self.bias)
-        return linear(input, self.weight).to(dtype) + self.bias.to(dtype)
+        return linear(input, self.weight, self.bias, dtype=state_dtype(self.bias))
 
 
 class Mamba(Mixer):

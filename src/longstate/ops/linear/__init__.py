@@ -17,6 +17,7 @@ def linear(
     bias: Float[Tensor, " o"] | None = None,
     scale: Float[Tensor, "o groups"] | None = None,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "*b o"]:
     """Multiply rows with a matrix, and add a bias.
@@ -31,10 +32,11 @@ def linear(
         weight: W, in the type of x, or int8.
         bias: b.
         scale: Of int8 weights: a factor for each output and each group of inputs that lie side by side.
+        dtype: The type of y, in which the bias is added; that of x when absent.
         backend: A backend by name (``ops.backends()``); the best there is when absent.
 
     Returns:
-        y in the type of ``x``.
+        y.
 
     Raises:
         ValueError: If int8 weights come without scales or others with them, the inputs do not divide into groups, or
@@ -42,11 +44,11 @@ def linear(
     """
     if scale is not None or weight.dtype is torch.int8 or backend is not None:
         _check(weight, scale)
-    refusal = cpu.refusal(x, weight, bias, scale)
+    refusal = cpu.refusal(x, weight, bias, scale, dtype)
     if backend is None and not refusal:
-        return cpu.linear(x, weight, bias, scale)
+        return cpu.linear(x, weight, bias, scale, dtype)
     backend = choose("linear", backend, {"cpu": refusal})
-    return (reference.linear if backend == "reference" else _FORWARD[backend])(x, weight, bias, scale)
+    return (reference.linear if backend == "reference" else _FORWARD[backend])(x, weight, bias, scale, dtype)
 
 
 def _check(weight: Tensor, scale: Tensor | None) -> None:

@@ -10,8 +10,11 @@ from ..._shapes import Tensor
 CHUNK = 2**21  # weights that are widened at a time
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Return what ``reference.linear`` returns."""
+    if dtype is not None:
+        y = linear(x, weight, None, scale, None).to(dtype)
+        return y if bias is None else y + bias.to(dtype)
     if scale is None:
         return functional.linear(x, weight, bias)
     rows = max(1, CHUNK // max(1, weight.shape[1]))

@@ -10,9 +10,10 @@ from .._register import unobserved
 
 ROWS = 8  # that the kernel takes at most; more are better multiplied by blocks, as torch does
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_FLOATS = (torch.float32, torch.bfloat16)
 
 
-def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> str:
+def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, wanted: torch.dtype | None) -> str:
     """Return why the kernel does not take such arguments; "" if it does.
 
     Called for every token and layer, so without loops over the arguments.
@@ -23,10 +24,12 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     if not (unobserved(x, weight) if bias is None else unobserved(x, weight, bias)) or torch.is_autocast_enabled("cpu"):
         return "its kernel has no gradient, and autocast, torch.compile and torch.export do not see it"
     dtype, kind = x.dtype, weight.dtype
-    if not (x.is_cpu and weight.is_cpu) or dtype not in KINDS or (kind is not dtype and kind is not torch.int8):
+    if not (x.is_cpu and weight.is_cpu) or dtype not in _FLOATS or (kind is not dtype and kind is not torch.int8):
         return "its kernel takes float32 and bfloat16 on the CPU, and weights of the same type or int8"
-    if (bias is not None and bias.dtype is not dtype) or (scale is not None and scale.dtype not in KINDS):
-        return "its kernel takes a bias of the type of x, and scales in float32 or bfloat16"
+    if bias is not None and (bias.dtype not in _FLOATS if wanted else bias.dtype is not dtype):
+        return "its kernel takes a bias of the type of x; in float32 or bfloat16, if the result's type is given"
+    if (scale is not None and scale.dtype not in _FLOATS) or (wanted is not None and wanted not in _FLOATS):
+        return "its kernel takes scales, and gives results, in float32 and bfloat16"
     outputs, inputs = weight.shape
     if x.size(-1) != inputs or not 0 < x.numel() <= ROWS * inputs or not outputs:
         return f"its kernel takes 1 to {ROWS} rows, as long as those of the weights"
@@ -35,7 +38,7 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     return ""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Return what ``reference.linear`` returns."""
     assert native.kernels is not None
     outputs, inputs = weight.shape
@@ -45,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
     if side != 1 and inputs > 1:
         rows = rows.contiguous()
         apart, row, _ = rows.stride()
-    y = rows.new_empty((batch, length, outputs))
+    y = rows.new_empty((batch, length, outputs), dtype=dtype)
     group, factors, added = inputs, (0, 0, 0, False), (0, 0, 0, False)
     if scale is not None:
         scale = scale.contiguous()
@@ -73,6 +76,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
         y.data_ptr(),
         length * outputs,
         outputs,
-        x.dtype is torch.bfloat16,
+        y.dtype is torch.bfloat16,
     )
     return y if x.ndim == 3 else y.view(*x.shape[:-1], outputs)
