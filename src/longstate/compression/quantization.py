@@ -30,6 +30,8 @@ class QuantizedLinear(nn.Module):
         scale: Their scales, for each output and group.
     """
 
+    is_product = True  # as in ``Linear``
+
     def __init__(self, layer: nn.Linear, quantized: nn.Parameter, scale: nn.Parameter) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

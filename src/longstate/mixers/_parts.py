@@ -32,7 +32,7 @@ def product_of(module: nn.Module | None) -> Product | None:
     if module is None or "is_product" not in vars(type(module)) or _hooked(module):
         return None
     own = vars(module)["_parameters"] | vars(module)["_buffers"]
-    return Product(own["weight"], own.get("bias"), own.get("scale"))
+    return Product(own.get("quantized", own.get("weight")), own.get("bias"), own.get("scale"))
 
 
 def taps_of(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
