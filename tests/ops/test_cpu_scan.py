@@ -9,6 +9,7 @@ import torch
 
 from longstate import native, ops
 from ops.test_against_reference import flags, largest_error
+from ops.threads import check_threads
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
@@ -146,22 +147,7 @@ def test_broadcast_coefficients_are_not_copied_into_another_meaning() -> None:
 def test_poisoned_memory_and_threads(shape: tuple[int, ...], kind: str) -> None:
     """Nothing is read that was not written, and the number of threads changes no bit."""
     given, options = arguments(kind, *shape), flags("start valid", *shape[:2])
-    before, found = torch.get_num_threads(), []
-    deterministic = torch.utils.deterministic
-    kept = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(run(given, backend="cpu", **options))
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(kept[0])
-        deterministic.fill_uninitialized_memory = kept[1]
-    assert all(x.isfinite().all() for x in found[0])
-    for others in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
+    check_threads(lambda: run(given, backend="cpu", **options))
 
 
 @pytest.mark.parametrize("kind", KINDS)

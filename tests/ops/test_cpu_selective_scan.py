@@ -9,6 +9,7 @@ import torch
 
 from longstate import native, ops
 from ops.test_against_reference import flags, largest_error, run
+from ops.threads import check_threads
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
@@ -72,23 +73,7 @@ def test_few_steps_without_gradients(length: int, instructions: str) -> None:
 def test_poisoned_memory_and_threads() -> None:
     """Nothing is read that was not written, and the number of threads changes no bit."""
     given, options = arguments(3, 70, 530, 16, "around"), flags("start", 3, 70)
-    before, found = torch.get_num_threads(), []
-    deterministic = torch.utils.deterministic
-    kept = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(run(ops.selective_scan, given, backend="cpu", **options))
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(kept[0])
-        deterministic.fill_uninitialized_memory = kept[1]
-    for x in found[0]:
-        assert x.isfinite().all()
-    for others in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
+    check_threads(lambda: run(ops.selective_scan, given, backend="cpu", **options))
 
 
 def test_strides_do_not_matter() -> None:

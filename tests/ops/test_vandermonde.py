@@ -13,6 +13,7 @@ from longstate import native, ops
 from longstate.ops.vandermonde import chunked
 from ops.test_against_reference import largest_error
 from ops.test_calls import Watch
+from ops.threads import check_threads
 
 BACKENDS = [name for name, what in ops.backends()["vandermonde"].items() if what in ("in use", "on request")]
 FAST = [name for name in BACKENDS if name != "reference"]
@@ -130,22 +131,7 @@ def test_poisoned_memory_and_threads(kind: str) -> None:
     """Nothing is read that was not written, and the number of threads changes no bit."""
     w, z = arguments(kind, (7,), 5)
     g = torch.randn(7, 9000)
-    before, found = torch.get_num_threads(), []
-    deterministic = torch.utils.deterministic
-    kept = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(gradients(ops.vandermonde, [w, z], g, backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(kept[0])
-        deterministic.fill_uninitialized_memory = kept[1]
-    assert all(x.isfinite().all() for x in found[0])
-    for others in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
+    check_threads(lambda: gradients(ops.vandermonde, [w, z], g, backend="cpu"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -92,6 +92,22 @@ struct VandermondeBackward {
     double *grad_weights, *grad_log_base;  // [rows n]
 };
 
+// K_sl = the sum over n of (a_sn (z_l - r_n) + b_sn) / ((z_l - r_n)^2 + w_n^2), in double precision: several sums s for each
+// row of poles r + iw.
+struct Cauchy {
+    int64_t sums, rows, states, nodes, narrow, threads;  // narrow: outputs (and gradients) are float32
+    const double *a, *b;                                 // [sums rows n]
+    const double *real, *imaginary;                      // [rows n]
+    const double* z;                                     // [nodes] of pairs (re, im)
+    char* kernel;                                        // [sums rows nodes] of pairs; the backward pass finds its gradient here
+};
+
+struct CauchyBackward {
+    Cauchy forward;
+    double *grad_a, *grad_b;             // [sums rows n]
+    double *grad_real, *grad_imaginary;  // [rows n]
+};
+
 // y_t = activation(bias + Σ_i weight_(k-1-i) u_(t-i)), over the steps of the same sequence that count.
 struct ShortConvolution {
     int64_t batch, length, width, taps, silu, threads;
@@ -170,6 +186,8 @@ constexpr int64_t PIECE = 256;      // channels whose sums are formed together, 
     KERNEL(scan_backward, ScanBackward)                          \
     KERNEL(vandermonde, Vandermonde)                             \
     KERNEL(vandermonde_backward, VandermondeBackward)            \
+    KERNEL(cauchy, Cauchy)                                       \
+    KERNEL(cauchy_backward, CauchyBackward)                      \
     KERNEL(short_convolution, ShortConvolution)                  \
     KERNEL(short_convolution_backward, ShortConvolutionBackward) \
     KERNEL(rms_norm, RMSNorm)                                    \

@@ -53,7 +53,7 @@ struct Strip {
 template <class Function>
 static void each_strip(const Scan& x, Function function) {
     constexpr int64_t WIDEST = 2048, LINE = 16;  // some rows of a strip fit into the cache; threads share no line of it
-    const bool small = x.batch * x.length * x.width < 1 << 14;
+    const bool small = x.batch * x.length * x.width < SMALL;
     const int64_t threads = small ? 1 : x.threads, each = (x.batch * x.width + threads - 1) / threads;
     const int64_t width = std::min(WIDEST, (std::min(each, x.width) + LINE - 1) / LINE * LINE);
     const int64_t strips = (x.width + width - 1) / std::max<int64_t>(width, 1), jobs = x.batch * strips;

@@ -5,7 +5,8 @@
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
-constexpr int W = WIDTH;
+typedef double vd __attribute__((vector_size(4 * WIDTH)));
+constexpr int W = WIDTH, D = WIDTH / 2;
 
 static inline vf all(float x) { return x - vf{}; }
 static inline vf load(const float* p) {

@@ -8,9 +8,7 @@
 
 namespace longstate::ISA {
 
-typedef double vd __attribute__((vector_size(4 * WIDTH)));
 constexpr int64_t BLOCK = 64, GROUP = 4, LONGEST = 8192;  // steps of a table; blocks at once; steps of a job
-constexpr int D = W / 2;
 constexpr double TINY = 1e-150;  // smaller powers are zero: their products would be denormal, which is slow
 
 static inline double chop(double x) { return std::fabs(x) < TINY ? 0. : x; }
@@ -92,7 +90,7 @@ struct Powers {
 template <class Function>
 static void each_job(const Vandermonde& x, Function function) {
     const int64_t pieces = (x.length + LONGEST - 1) / LONGEST, jobs = x.rows * pieces;
-    const int64_t threads = x.rows * x.states * x.length < 1 << 14 ? 1 : x.threads;
+    const int64_t threads = x.rows * x.states * x.length < SMALL ? 1 : x.threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t job = 0; job < jobs; job++) {
         const int64_t begin = job % pieces * LONGEST;
