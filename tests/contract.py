@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import longstate
 from longstate import RGLRU, S4D, S5, Attention, Mamba, Mamba2, Mixer, ShortConv, Timeline, ops
 from longstate.ops import _register
+from poison import poisoned_memory
 
 Factory = Callable[[], Mixer]
 
@@ -241,23 +242,6 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _register._BACKENDS.update(before)
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill memory that torch hands out uninitialised with not-a-number, or the largest whole number."""
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def other_backends() -> list[str]:

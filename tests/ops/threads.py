@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from contract import poisoned_memory
+from poison import poisoned_memory
 
 
 def check_threads(run: Callable[[], list[torch.Tensor]]) -> None:
