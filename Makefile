@@ -58,7 +58,8 @@ sanitize:
 	$(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -C cmake.define.LONGSTATE_SANITIZE=ON -C build-dir=$(SANITIZED)/kernels '.[dev]'
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(SANITIZED)/bin/python -m pytest tests/native $(wildcard tests/ops/test_cpu*.py)
+	  $(SANITIZED)/bin/python -m pytest tests/native $(wildcard tests/ops/test_cpu*.py) \
+	    tests/ops/test_cauchy.py tests/ops/test_linear.py tests/ops/test_vandermonde.py
 
 clean:
 	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache

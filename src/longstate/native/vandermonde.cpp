@@ -113,7 +113,7 @@ void vandermonde(const Vandermonde& x) {
         for (int64_t l = begin; l < end; l += GROUP * BLOCK) {
             for (int64_t r = 0; r < GROUP; r++, weights.multiply(powers.step)) {
                 double* to = factors.data() + r * parts * N;
-                std::memcpy(to, weights.real(), 8 * N);
+                std::copy_n(weights.real(), N, to);
                 for (int64_t n = 0; x.pairs && n < N; n++) to[N + n] = -weights.imaginary()[n];
             }
             multiply(factors.data(), parts * N, 1, parts * N, powers.table.data(), out.data());
@@ -141,7 +141,7 @@ static void moments(const Vandermonde& x, int64_t row, int64_t begin, int64_t en
                   reinterpret_cast<double*>(x.kernel) + row * x.length + end, grad.begin());
     for (int64_t m = 0; m < blocks; m++, powers.first.multiply(powers.step)) {
         double* factor = factors.data() + m * columns;
-        std::memcpy(factor, powers.first.real(), 8 * half);
+        std::copy_n(powers.first.real(), half, factor);  // imaginary parts follow
         for (int64_t i = 0; i < half; i++) factor[half + i] = double(m) * factor[i];
     }
     for (int64_t i = 0; i < columns; i += GROUP)
