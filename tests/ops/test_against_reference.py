@@ -159,3 +159,16 @@ def test_what_stands_around_the_selective_scan(backend: str | None) -> None:
     options = dict(gate=gate, dt_bias=bias, dt_softplus=True, elapsed=elapsed, log_A=True)
     got = ops.selective_scan(u, dt, log_A, B, C, D, **options, backend=backend)
     torch.testing.assert_close(got, (wanted, final), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["none", "groups step strong", "groups channel strong"])
+def test_what_stands_around_linear_attention(kind: str) -> None:
+    function, arguments = linear_case(kind, 2, 70, torch.float64)
+    heads, values = arguments["v"].shape[2:]
+    dt, options = torch.rand(2, 70, heads, dtype=torch.float64), flags("start valid", 2, 70)
+    for D in (torch.randn(heads, dtype=torch.float64), torch.randn(heads, values, dtype=torch.float64)):
+        y, final = function(**arguments, **options, dt=dt, D=D)
+        inside = arguments | {"v": arguments["v"] * dt[..., None]}
+        wanted, wanted_final = function(**inside, **options, backend="reference")
+        wanted = wanted + (arguments["v"] * options["valid"][..., None, None]) * D.view(heads, -1)
+        assert largest_error([y, final], [wanted, wanted_final]) < 1e-10

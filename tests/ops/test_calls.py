@@ -171,7 +171,7 @@ def registered() -> dict[str, dict[str, Any]]:
     return {
         "scan": dict(a=torch.rand(2, 5, 3).double().requires_grad_(), b=t(2, 5, 3), initial=t(2, 3)) | one,
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,
-        "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one | dict(keep=512),
+        "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
         "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,

@@ -63,6 +63,17 @@ def some_narrow(r: random.Random, given: dict[str, torch.Tensor], optional: tupl
     return {name: x if r.random() < 0.6 else x.bfloat16() for name, x in given.items()}
 
 
+def linear_attention(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    g, k, p = r.randint(1, 3), size(r), size(r)
+    h = g * r.choice([1, 2, 5])
+    decays = {"none": None, "head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}
+    decay = decays[r.choice(list(decays))]
+    shapes = dict(q=(b, t, g, k), k=(b, t, g, k), v=(b, t, h, p), dt=(b, t, h), D=r.choice([(h,), (h, p)]))
+    given = some_narrow(r, {name: torch.randn(shape) for name, shape in shapes.items()}, ("dt", "D"))
+    given |= {} if decay is None else {"log_decay": -3 * torch.rand(decay)}
+    return ops.linear_attention, given | ({"initial": torch.randn(b, h, k, p)} if r.random() < 0.8 else {}), {}
+
+
 def short_convolution(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
     d, k = size(r), r.choice([1, 2, 3, 4, 4, 4, 5, 9])
     given = dict(
@@ -86,18 +97,6 @@ def rms_norm(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict
     if "weight" in given:  # a narrow one meets what was rounded before
         given["weight"] = given["weight"].float()
     return with_nothing_after, given, options
-
-
-def linear_attention(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
-    g, k, p = r.randint(1, 3), size(r), size(r)
-    h = g * r.choice([1, 2, 5])
-    decays = {"none": None, "head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}
-    decay = decays[r.choice(list(decays))]
-    shapes = dict(q=(b, t, g, k), k=(b, t, g, k), v=(b, t, h, p))
-    given = {name: torch.randn(shape) for name, shape in shapes.items()}
-    given = {name: x if r.random() < 0.5 else x.bfloat16() for name, x in given.items()}
-    given |= {} if decay is None else {"log_decay": -3 * torch.rand(decay)}
-    return ops.linear_attention, given | {"initial": torch.randn(b, h, k, p)}, {}
 
 
 def wide(x: Any) -> Any:

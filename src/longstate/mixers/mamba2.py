@@ -142,15 +142,16 @@ class Mamba2(Mixer):
         y, ssm = linear_attention(
             C.unflatten(-1, (self.n_groups, self.d_state)),
             B.unflatten(-1, (self.n_groups, self.d_state)),
-            u.to(dtype) * dt[..., None],
+            u,
             dt * -self.A_log.to(dtype).exp(),
             None if state is None else state.ssm,
+            dt=dt,
+            D=self.D if len(self.D) == self.n_heads else self.D.view(self.n_heads, -1),
             start=timeline.start,
             valid=timeline.valid,
         )
-        D = self.D.to(dtype).view(self.n_heads, -1)
-        y = torch.addcmul(y, u.to(dtype), D).flatten(-2)
-        y = (y * functional.silu(z.to(dtype))).to(x.dtype) if self.norm is None else self.norm(y.to(x.dtype), z)
+        y = y.flatten(-2)
+        y = (y.to(dtype) * functional.silu(z.to(dtype))).to(x.dtype) if self.norm is None else self.norm(y, z)
         if self.d_ssm < self.d_inner:
             y = torch.cat([functional.silu(z_0) * x_0, y], -1)
         return zero_where_invalid(self.out_proj(y), timeline.valid), Mamba2State(window, ssm)

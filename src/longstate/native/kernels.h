@@ -146,16 +146,18 @@ struct MambaStep {
     Linear out_proj;
 };
 
-// S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t; heads h share groups g of queries and keys.
+// S_t = diag(e^(g_t)) S_(t-1) + k_t (dt_t v_t)^T,  y_t = S_t^T q_t + D v_t; heads h share groups g of queries and keys.
 struct LinearAttention {
     int64_t batch, length, groups, heads, keys, values;
-    int64_t channels;       // of the log decay, to a head: none, one or `keys`
-    int64_t tile, threads;  // tile: steps between kept states
-    Rows q, k, v, decay;    // [b t (g k)] [b t (g k)] [b t (h p)] [b t (h channels)]
-    const float* initial;   // [b h k p]
-    const uint8_t* start;   // [b t], may be null
-    Rows y;                 // [b t (h p)]
-    float *final, *kept;    // [b h k p] [tiles+1 b h k p]: the states around tiles; null if not wanted
+    int64_t channels;        // of the log decay, to a head: none, one or `keys`
+    int64_t skips;           // numbers of D, to a head: one or `values`
+    int64_t tile, threads;   // tile: steps between kept states
+    Rows q, k, v;            // [b t (g k)] [b t (g k)] [b t (h p)]
+    Rows decay, dt;          // [b t (h channels)] [b t h]; may be absent
+    const float *D, *initial;  // [h skips] [b h k p]; null if there is none
+    const uint8_t* start;    // [b t], may be null
+    Rows y;                  // [b t (h p)]
+    float *final, *kept;     // [b h k p] [tiles+1 b h k p]: the states around tiles; null if not wanted
 };
 
 struct LinearAttentionBackward {
@@ -163,8 +165,9 @@ struct LinearAttentionBackward {
     Rows grad;                // of y
     const float* grad_final;  // of final
     Rows grad_q, grad_k;      // [(pieces b) t (g k)]: for each piece of a group's heads
-    Rows grad_v, grad_decay;  // [b t (h p)] [b t (h channels)]: the latter is added to what is there
-    float* grad_initial;      // [b h k p]
+    Rows grad_v, grad_decay;  // [b t (h p)] [b t (h channels)]: that of a decay at a distance of 0 is added to what is there
+    Rows grad_dt;             // [b t h]
+    float *grad_D, *grad_initial;  // [b h p]: for each sequence and channel; [b h k p]
 };
 
 constexpr int64_t MOST_TAPS = 64;   // of a short convolution

@@ -5,19 +5,25 @@ namespace longstate::ISA {
 
 #include "chunks.h"
 #include "decays.h"
+#include "linear_attention.h"
 
 // One step of some channels of a head: the state is read and written once.
 template <int N>
 static void step(const LinearAttention& x, int64_t b, int64_t h, int64_t i, int count, const float* remains,
                  const float* q, const float* k) {
     const int64_t every = x.channels > 1, at = (b * x.heads + h) * x.keys * x.values + i;
-    const float* before = x.initial + at;
+    const vf dt = all(x.dt ? number_at(x.dt, b, 0, h) : 1.f);
+    const float* before = (x.initial ? x.initial : x.final) + at;
     float* after = x.final + at;
     vf v[N], y[N] = {};
-    for (int n = 0; n < N; n++) v[n] = read(x.v, b, 0, h * x.values + i + n * W, count);
+    for (int n = 0; n < N; n++) {
+        v[n] = read(x.v, b, 0, h * x.values + i + n * W, count);
+        if (x.D) y[n] = v[n] * skip(x, h, i + n * W, count);
+        v[n] *= dt;
+    }
     for (int64_t m = 0; m < x.keys; m++, before += x.values, after += x.values)
         for (int n = 0; n < N; n++) {
-            const float f = remains[m * every];
+            const float f = x.initial ? remains[m * every] : -1.f;
             const vf old = f == -1.f ? vf{} : load_some(before + n * W, count);
             const vf s = (f <= 0.f ? old + old * all(f) : old * all(f)) + v[n] * all(k[m]);
             store_some(after + n * W, s, count);
@@ -40,7 +46,7 @@ static void one_step(const LinearAttention& x, const Decays& decays) {
         const float* k = read_row(from(x.k, first), b, 0, x.keys, room.data() + width);
         int64_t i = 0;
         for (; i + 4 * W <= x.values; i += 4 * W) step<4>(x, b, h, i, W, remains, q, k);
-        for (; i < x.values; i += W) step<1>(x, b, h, i, int(std::min<int64_t>(W, x.values - i)), remains, q, k);
+        for (; i < x.values; i += W) step<1>(x, b, h, i, lanes(x.values, i), remains, q, k);
     }
 }
 
@@ -54,11 +60,11 @@ void linear_attention(const LinearAttention& x) {
         const FlushedToZero flushed;
         const int64_t piece = job % pieces, group = job / pieces % x.groups, b = job / pieces / x.groups;
         const int64_t first = group * shared + piece * HEADS, end = std::min(first + HEADS, (group + 1) * shared);
-        Room q(C * n), k(C * n), columns(n * C), g(C * (x.channels > 1 ? n : 1)), v(C * p), y(C * p);
+        Room q(C * n), k(C * n), columns(n * C), g(C * (x.channels > 1 ? n : 1)), v(C * p), written(C * p), y(C * p);
         Room states((end - first) * x.keys * p), q_into(x.channels > 1 ? C * n : 0), k_out(q_into.size()), through(n);
         Square pairs, scores;
         HeadDecays head;
-        for (int64_t h = first; h < end; h++)
+        for (int64_t h = first; h < end && x.initial; h++)
             widen_rows(x.initial + (b * x.heads + h) * state, x.keys, x.values, &states[(h - first) * x.keys * p]);
         for (int64_t t = 0; t < x.length; t += C) {
             const int64_t count = std::min<int64_t>(C, x.length - t);
@@ -73,7 +79,7 @@ void linear_attention(const LinearAttention& x) {
                 if (x.kept && t % x.tile == 0)
                     narrow_rows(S, x.keys, x.values, x.kept + ((t / x.tile * x.batch + b) * x.heads + h) * state);
                 decays.read_steps(b, t, count, h, g.data());
-                gather(x.v, b, t, count, h * x.values, x.values, v.data());
+                read_values(x, b, t, count, h, v.data(), written.data());
                 if (decays.by_channel()) {
                     q_into = q, k_out = k;
                     channel_decays(g.data(), n, through.data());
@@ -82,17 +88,19 @@ void linear_attention(const LinearAttention& x) {
                     const int64_t alive = decays.before_start(b, t, count);  // later steps see nothing of S, be it NaN
                     multiply(alive, p, x.keys, q_into.data(), n, 1, S, p, y.data(), p, REPLACE);
                     std::fill_n(&y[0] + alive * p, (count - alive) * p, 0.f);
-                    multiply_lower(count, p, scores, v.data(), p, y.data(), p, ADD);
-                    multiply(x.keys, p, count, k_out.data(), 1, n, v.data(), p, S, p,
-                             {through.data(), 1});
+                    multiply_lower(count, p, scores, written.data(), p, y.data(), p, ADD);
+                    multiply(x.keys, p, count, k_out.data(), 1, n, written.data(), p, S, p, {through.data(), 1});
                 } else {
                     head.set(g.data());
                     for (int i = 0; i < C * C; i += W) store(scores + i, load(pairs + i) * load(head.D + i));
                     multiply(count, p, x.keys, q.data(), n, 1, S, p, y.data(), p, REPLACE);
-                    multiply_lower(count, p, scores, v.data(), p, y.data(), p, {head.remains_into, 1});
-                    scale_rows(v.data(), p, head.out());
-                    multiply(x.keys, p, count, k.data(), 1, n, v.data(), p, S, p, head.through());
+                    multiply_lower(count, p, scores, written.data(), p, y.data(), p, {head.remains_into, 1});
+                    scale_rows(written.data(), p, head.out());
+                    multiply(x.keys, p, count, k.data(), 1, n, written.data(), p, S, p, head.through());
                 }
+                for (int64_t i = 0; i < p && x.D; i += W)
+                    for (int64_t c = 0; c < count; c++)
+                        store(&y[c * p + i], load(&y[c * p + i]) + load(&v[c * p + i]) * skip(x, h, i, lanes(x.values, i)));
                 scatter(x.y, b, t, count, h * x.values, x.values, y.data());
             }
         }

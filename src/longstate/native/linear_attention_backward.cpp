@@ -9,6 +9,7 @@ namespace longstate::ISA {
 
 #include "chunks.h"
 #include "decays.h"
+#include "linear_attention.h"
 
 namespace {
 
@@ -22,7 +23,8 @@ struct Piece {
     Room q_columns, k_columns;                   // [chunks n C]
     Room pairs, grad_pairs;                      // [chunks C C]: q_t k_s without decay, and its gradient of all heads
     Room states, adjoints;                       // [chunks k p] [heads k p]
-    Room a, v, v_columns, grad, grad_columns, grad_v, q_into, k_out, through, carried, columns, from_q, from_k;
+    Room grad_D;                                 // [heads p]
+    Room a, given, v, v_columns, grad, grad_columns, grad_v, q_into, k_out, through, carried, columns, from_q, from_k;
     Square scores, grad_scores;
     HeadDecays head;
 
@@ -30,7 +32,7 @@ struct Piece {
         : g(g), x(g.forward), decays{x.decay, x.start, x.length, x.channels}, b(b), group(group), n(filled(x.keys)),
           p(filled(x.values)), size(x.keys * p), chunks(x.tile / C), q(chunks * C * n), k(q.size()), grad_q(q.size()),
           grad_k(q.size()), q_columns(q.size()), k_columns(q.size()), pairs(chunks * C * C), grad_pairs(pairs.size()),
-          states(chunks * size), adjoints(heads * size), a(C * (x.channels > 1 ? n : 1)), v(C * p), v_columns(C * p),
+          states(chunks * size), adjoints(heads * size), grad_D(heads * p), a(C * (x.channels > 1 ? n : 1)), given(C * p), v(C * p), v_columns(C * p),
           grad(C * p), grad_columns(C * p), grad_v(C * p), q_into(C * n), k_out(C * n), through(n), carried(n), columns(n * C),
           from_q(C * n), from_k(C * n) {}
 
@@ -71,7 +73,7 @@ struct Piece {
         const float *S = &states[j * size], *keys = &k[j * C * n];
         float* next = &states[(j + 1) * size];
         decays.read_steps(b, t, C, h, a.data());
-        gather(x.v, b, t, C, h * x.values, x.values, v.data());
+        read_values(x, b, t, C, h, given.data(), v.data());
         std::copy_n(S, size, next);
         if (decays.by_channel()) {
             std::copy_n(keys, C * n, k_out.data());
@@ -86,8 +88,8 @@ struct Piece {
     }
 
     // One chunk of a head backwards: `adjoint` is the gradient of the state after it, and before it on return.
-    void retreat(int64_t h, int64_t t, int64_t j, int64_t count, float* adjoint) {
-        gather(x.v, b, t, count, h * x.values, x.values, v.data(), -C);
+    void retreat(int64_t h, int64_t t, int64_t j, int64_t count, float* adjoint, float* sum_D) {
+        read_values(x, b, t, count, h, given.data(), v.data(), -C);
         gather(g.grad, b, t, count, h * x.values, x.values, grad.data(), -C);
         transpose(C, p, v.data(), p, v_columns.data(), C);
         transpose(C, p, grad.data(), p, grad_columns.data(), C);
@@ -97,7 +99,27 @@ struct Piece {
             by_channel(h, t, j, count, adjoint);
         else
             by_head(h, t, j, count, adjoint);
+        around(h, t, count, sum_D);
         scatter(g.grad_v, b, t, count, h * x.values, x.values, grad_v.data());
+    }
+
+    // From the gradient of values as they are written to that of values, dt and D.
+    void around(int64_t h, int64_t t, int64_t count, float* sum_D) {
+        for (int64_t c = 0; c < count && x.dt; c++) {
+            const vf dt = all(number_at(x.dt, b, t + c, h));
+            write(g.grad_dt, b, t + c, h, all(product(&given[c * p], &grad_v[c * p])), 1);
+            for (int64_t i = 0; i < p; i += W) store(&grad_v[c * p + i], load(&grad_v[c * p + i]) * dt);
+        }
+        for (int64_t i = 0; i < p && x.D; i += W) {
+            const vf D = skip(x, h, i, lanes(x.values, i));
+            vf sum{};
+            for (int64_t c = 0; c < count; c++) {
+                const vf y = read(g.grad, b, t + c, h * x.values + i, lanes(x.values, i));
+                sum += y * load(&given[c * p + i]);
+                store(&grad_v[c * p + i], load(&grad_v[c * p + i]) + y * D);
+            }
+            store(sum_D + i, load(sum_D + i) + sum);
+        }
     }
 
     void by_head(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
@@ -216,7 +238,7 @@ struct Piece {
         vf after = load(&carried[i]), before{};
         for (int c = int(count) - 1; c >= 0; c--) later[c] += after += read[c];
         for (int c = 0; c < count; c++) {
-            write(g.grad_decay, b, t + c, h * x.keys + i, later[c] + before, int(std::min<int64_t>(W, x.keys - i)));
+            write(g.grad_decay, b, t + c, h * x.keys + i, later[c] + before, lanes(x.keys, i));
             before += written[c];
         }
     }
@@ -243,10 +265,12 @@ void linear_attention_backward(const LinearAttentionBackward& g) {
                 for (int64_t j = 0; j + 1 < chunks; j++) work.advance(h, begin + j * C, j);
                 for (int64_t j = chunks - 1; j >= 0; j--)
                     work.retreat(h, begin + j * C, j, std::min<int64_t>(C, end - begin - j * C),
-                                 &work.adjoints[(h - first) * work.size]);
+                                 &work.adjoints[(h - first) * work.size], &work.grad_D[(h - first) * work.p]);
             }
             work.end(piece, begin, end);
         }
+        for (int64_t h = first; h < last && x.D; h++)
+            narrow_rows(&work.grad_D[(h - first) * work.p], 1, x.values, g.grad_D + (b * x.heads + h) * x.values);
         for (int64_t h = first; h < last; h++)
             narrow_rows(&work.adjoints[(h - first) * work.size], x.keys, x.values, g.grad_initial + (b * x.heads + h) * state);
     }

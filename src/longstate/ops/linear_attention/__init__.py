@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ... import native
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, differentiated, expect, register, with_kernel
+from .._register import at_least_float32, call, choose, define, differentiated, expect, register
 from . import chunked, cpu, reference
 
 
@@ -19,13 +20,15 @@ def linear_attention(
     log_decay: Float[Tensor, "..."] | None = None,
     initial: Float[Tensor, "b h k p"] | None = None,
     *,
+    dt: Float[Tensor, "b t h"] | None = None,
+    D: Float[Tensor, "..."] | None = None,
     start: Bool[Tensor, "b t"] | None = None,
     valid: Bool[Tensor, "b t"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h k p"]]:
     """Run linear attention with decay.
 
-        S_t = diag(e^{g_t}) S_{t−1} + k_t v_tᵀ,    y_t = S_tᵀ q_t
+        S_t = diag(e^{g_t}) S_{t−1} + k_t (Δ_t v_t)ᵀ,    y_t = S_tᵀ q_t + D ∘ v_t
 
     Args:
         q: Queries. With g < h groups, head i uses the queries and keys of group ⌊i / (h/g)⌋.
@@ -34,6 +37,8 @@ def linear_attention(
         log_decay: g, at most 0 and finite: ``None`` (no decay), ``[h]`` (per head), ``[b t h]`` (per step and head) or
             ``[b t h k]`` (per step, head and key channel).
         initial: S_0; zero when absent.
+        dt: Δ, what values are written with (Mamba-2's step, the input gate of an mLSTM); 1 when absent.
+        D: Skip, ``[h]`` or ``[h p]``; none when absent.
         start: Where the state is set to zero before the step.
         valid: Where the step counts; elsewhere the state passes unchanged and the output is zero.
         backend: A backend by name (``ops.backends()``); the best there is when absent.
@@ -46,51 +51,66 @@ def linear_attention(
 
     Source:
         Katharopoulos et al., arXiv:2006.16236; Yang et al., arXiv:2312.06635 (gates, chunks); Dao and Gu,
-        arXiv:2405.21060 (q = C, k = B, v = Δx, g = ΔA).
+        arXiv:2405.21060 (q = C, k = B, v = x, g = ΔA).
     """
-    _check(q, k, v, log_decay, initial)
-    backend = choose("linear_attention", backend, {"cpu": cpu.refusal(q, k, v, log_decay, initial)})
-    output, dtype = v.dtype, torch.float32
-    if backend != "cpu":
-        dtype = at_least_float32(*(x for x in (q, k, v, log_decay, initial) if x is not None))
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if start is not None or valid is not None:
-        timeline = Timeline(start=start, valid=valid).expand(q.shape[0], q.shape[1])
-        start, valid = timeline.start, timeline.valid
-        q, k, v = (zero_where_invalid(x, valid) for x in (q, k, v))
-        if log_decay is not None and valid is not None:
-            log_decay = log_decay.expand(v.shape[:3]) if log_decay.ndim == 1 else log_decay
-            log_decay = zero_where_invalid(log_decay, valid)
-    if log_decay is not None and log_decay.dtype is not dtype:  # asked first: a conversion to the same is not free
-        log_decay = log_decay.to(dtype)
-    if initial is None:
-        initial = v.new_zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
-    elif initial.dtype is not dtype:
-        initial = initial.to(dtype)
-    if backend == "reference":
-        y, final = reference.linear_attention(q, k, v, log_decay, initial, start)
-    else:
-        interval = cpu.TILE if backend == "cpu" else chunked.SPAN
-        keep = interval if differentiated(q, k, v, log_decay, initial) else 0
-        y, final, _ = call("linear_attention", q, k, v, log_decay, initial, start, keep, backend=backend)
-    return (y if y.dtype is output else y.to(output)), final
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None) -> None:
-    """Check that shapes go together."""
-    batch, length, groups, width = q.shape
-    heads, values = v.shape[2], v.shape[3]
-    expect("linear_attention", "k", k, q.shape)
+    (batch, length, groups, width), (heads, values) = q.shape, v.shape[2:]
+    expect("linear_attention", "k", k, (batch, length, groups, width))
     expect("linear_attention", "v", v, (batch, length, heads, values))
     if heads % groups:
         raise ValueError(
             f"linear_attention: {heads} heads of v cannot share {groups} groups of q and k. Take a divisor of {heads}."
         )
+    steps = (batch, length, heads)
     if log_decay is not None:
-        shape = (batch, length, heads)
-        expect("linear_attention", "log_decay", log_decay, (heads,), shape, (*shape, width))
+        expect("linear_attention", "log_decay", log_decay, steps, (heads,), (*steps, width))
     if initial is not None:
         expect("linear_attention", "initial", initial, (batch, heads, width, values))
+    if dt is not None:
+        expect("linear_attention", "dt", dt, steps)
+    if D is not None:
+        expect("linear_attention", "D", D, (heads,), (heads, values))
+    if start is not None or valid is not None:
+        _, start, valid = Timeline(start=start, valid=valid).expand(batch, length)
+    if valid is not None:
+        q, k, v = (zero_where_invalid(x, valid) for x in (q, k, v))
+        dt = None if dt is None else zero_where_invalid(dt, valid)
+        if log_decay is not None:
+            log_decay = zero_where_invalid(log_decay.expand(steps) if log_decay.ndim == 1 else log_decay, valid)
+    given = (q, k, v, log_decay, initial, dt, D)
+    backend = choose("linear_attention", backend, {"cpu": cpu.refusal(*given)})
+    if backend == "cpu":
+        y, final, _ = call("written_linear_attention", *given, start, differentiated(*given), backend=backend)
+        return y, final
+    y, final = _composed(*given, start, backend)
+    return y.to(v.dtype), final
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
+    start: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute what stands before and after the recurrence by operations of torch's."""
+    dtype = at_least_float32(*(x for x in (q, k, v, log_decay, initial, dt, D) if x is not None))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    written = v if dt is None else v * dt.to(dtype)[..., None]
+    if initial is None:
+        initial = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    arguments = (q, k, written, None if log_decay is None else log_decay.to(dtype), initial.to(dtype), start)
+    if backend == "reference":
+        y, final = reference.linear_attention(*arguments)
+    else:
+        keep = differentiated(*arguments)
+        y, final, _ = call("linear_attention", *arguments, keep, backend=backend)
+    if D is not None:
+        y = torch.addcmul(y, v, D.to(dtype).view(v.shape[2], -1))
+    return y, final
 
 
 def linear_attention_decay(
@@ -125,10 +145,11 @@ def linear_attention_decay(
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # One more than there are: tracing makes a promise about an axis that could have one entry.
-    kept = initial.new_empty((v.shape[1] + keep - 1) // keep + 1, *initial.shape) if keep else initial.new_empty(0)
+    spans = (v.shape[1] + chunked.SPAN - 1) // chunked.SPAN
+    # One more than spans: tracing makes a promise about an axis that could have one entry.
+    kept = initial.new_empty(spans + 1, *initial.shape) if keep else initial.new_empty(0)
     return torch.empty_like(v), torch.empty_like(initial), kept
 
 
@@ -141,30 +162,32 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, log_decay, _, start, _, ctx.backend = inputs
-    y = None if ctx.backend == "cpu" else output[0]
-    ctx.save_for_backward(q, k, v, log_decay, start, y, output[2])
+    ctx.save_for_backward(q, k, v, log_decay, start, output[0], output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     op = torch.ops.longstate.linear_attention_backward
-    *gradients, decay, initial = op(grad, grad_final, *saved, ctx.backend)
+    *gradients, decay, initial = op(grad.contiguous(), grad_final, *saved, ctx.backend)
     return (*gradients, None if saved[3] is None else decay, initial, None, None, None)
 
 
 register(
     "linear_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start, int keep"
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor initial, Tensor? start, bool keep"
     " -> (Tensor, Tensor, Tensor)",
-    forward=with_kernel(cpu.linear_attention, chunked.linear_attention),
+    forward={"chunked": chunked.linear_attention},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 define(
     "linear_attention_backward",
-    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor? y,"
+    "Tensor grad, Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? start, Tensor y,"
     " Tensor beginnings -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    with_kernel(cpu.linear_attention_backward, chunked.linear_attention_backward),
+    {"chunked": chunked.linear_attention_backward},
     _fake_backward,
 )
+
+if native.kernels is not None:
+    cpu.register_kernel()

@@ -27,12 +27,11 @@ def _form(log_decay: Tensor | None) -> ModuleType:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]``, and the states around spans ``[i+1 b h k p]``.
 
-    The last are for the backward pass: none are returned unless asked to ``keep`` them, one for every so many steps,
-    which are SPAN here.
+    The last are for the backward pass: none are returned unless asked to ``keep`` them.
     """
     if v.shape[1] == 1:
         y, state = _one_step(q, k, v, log_decay, initial, start)

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import native
 from ..._shapes import Tensor
+from .._register import define, register
 
 TILE = 128  # steps between the states that the backward pass starts from; they take k/128 of the memory of v
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None) -> str:
+def refusal(*tensors: Tensor | None) -> str:
     """Return why the kernel does not take such arguments; "" if it does."""
-    if not native.takes(q, k, v):
-        return "its kernel takes float32 and bfloat16 on the CPU"
-    if any(x is not None and x.dtype is torch.float64 for x in (log_decay, initial)):
-        return "its kernel keeps states and decays in float32"
-    return ""
+    return "" if native.takes(*tensors) else "its kernel takes float32 and bfloat16 on the CPU"
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor, start: Tensor | None, keep: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
+    start: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what ``chunked.linear_attention`` returns; q, k and v, and with v the outputs, may be bfloat16."""
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
+
+    The last are for the backward pass: none are returned unless asked to ``keep`` them.
+    """
     assert native.kernels is not None
-    _alive, arguments = _given(q, k, v, log_decay, initial, start)
-    y = native.empty(v.shape, v.dtype)
-    final = torch.empty_like(initial, memory_format=torch.contiguous_format)
-    kept = native.empty((-(-v.shape[1] // keep) + 1, *initial.shape)) if keep else initial.new_empty(0)
-    native.kernels.linear_attention(*arguments, *_rows(y), final.data_ptr(), kept.data_ptr() if keep else 0)
+    given = _Given(q, k, v, log_decay, initial, dt, D, start)
+    y, final = native.empty(v.shape, v.dtype), torch.empty(given.state)
+    kept = native.empty((-(-v.shape[1] // TILE) + 1, *given.state)) if keep else torch.empty(0)
+    native.kernels.linear_attention(*given.numbers(), *_rows(y), final.data_ptr(), kept.data_ptr() if keep else 0)
     return y, final, kept
 
 
@@ -39,43 +48,54 @@ def linear_attention_backward(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
     start: Tensor | None,
-    y: Tensor | None,
-    beginnings: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v, log_decay (empty if there is none) and the initial state."""
+    kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, log_decay, the initial state, dt and D; empty ones where there is none."""
     assert native.kernels is not None
-    batch, length, heads, _ = v.shape
-    groups = q.shape[2]
-    _alive, arguments = _given(q, k, v, log_decay, None, start)
-    grad, grad_final, beginnings = _in_heads(grad), grad_final.contiguous(), beginnings.contiguous()
-    pieces = -(-(heads // groups) // native.kernels.HEADS)
+    batch, length, heads, values = v.shape
+    given = _Given(q, k, v, log_decay, None, dt, D, start)
+    grad, grad_final, kept = _in_heads(grad), grad_final.contiguous(), kept.contiguous()
+    pieces = -(-(heads // q.shape[2]) // native.kernels.HEADS)
+    # The sums over the heads of a group, piece by piece.
     grad_q, grad_k = (native.empty((pieces, *x.shape), x.dtype if pieces == 1 else torch.float32) for x in (q, k))
-    grad_v, grad_initial = native.empty(v.shape, v.dtype), torch.empty(grad_final.shape)
-    decay = decay_of_step = None
+    grad_v, grad_initial = native.empty(v.shape, v.dtype), torch.empty(given.state)
+    grad_dt, grad_D = (None if dt is None else native.like(dt)), torch.empty(batch, heads, values)
+    decay = grad_decay = None
     if log_decay is not None:
         fixed = log_decay.ndim == 1
-        decay = torch.zeros((batch, 1, heads) if fixed else log_decay.shape)
-        decay_of_step = decay.expand(batch, length, heads) if fixed else decay
+        grad_decay = torch.zeros((batch, 1, heads) if fixed else log_decay.shape)
+        decay = grad_decay.expand(batch, length, heads) if fixed else grad_decay
     native.kernels.linear_attention_backward(
-        *arguments,
-        *native.rows(None),
+        *given.numbers(),
+        *_rows(None),
         0,
-        native.address(beginnings),
+        kept.data_ptr(),
         *_rows(grad),
-        native.address(grad_final),
+        grad_final.data_ptr(),
         *_rows(grad_q.flatten(0, 1)),
         *_rows(grad_k.flatten(0, 1)),
         *_rows(grad_v),
-        *_rows(decay_of_step),
-        native.address(grad_initial),
+        *_rows(decay),
+        *_rows(grad_dt),
+        grad_D.data_ptr(),
+        grad_initial.data_ptr(),
     )
-    grad_q, grad_k = (x[0] if pieces == 1 else x.sum(0).to(like.dtype) for x, like in ((grad_q, q), (grad_k, k)))
-    if decay is None:
-        decay = torch.empty(0)
-    elif log_decay is not None and log_decay.ndim == 1:
-        decay = decay.sum((0, 1))
-    return grad_q, grad_k, grad_v, decay, grad_initial
+    nothing = torch.empty(0)
+    if grad_decay is not None and log_decay is not None:
+        grad_decay = (grad_decay.sum((0, 1)) if log_decay.ndim == 1 else grad_decay).to(log_decay.dtype)
+    if D is not None:
+        grad_D = grad_D.sum(0 if D.ndim == 2 else (0, 2)).to(D.dtype)
+    return (
+        *(x[0] if pieces == 1 else x.sum(0).to(like.dtype) for x, like in ((grad_q, q), (grad_k, k))),
+        grad_v,
+        nothing.clone() if grad_decay is None else grad_decay,
+        grad_initial,
+        nothing.clone() if grad_dt is None else grad_dt,
+        nothing.clone() if D is None else grad_D,
+    )
 
 
 def _in_heads(x: Tensor) -> Tensor:
@@ -93,16 +113,85 @@ def _rows(x: Tensor | None) -> tuple[int, int, int, bool]:
     return x.data_ptr(), batch, row, x.dtype is torch.bfloat16
 
 
-def _given(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, start: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Return the tensors that must stay alive, and what the kernels begin with."""
-    q, k, v = _in_heads(q), _in_heads(k), _in_heads(v)
-    g = None if log_decay is None else log_decay.contiguous()
-    initial = None if initial is None else initial.contiguous()
-    start = None if start is None else start.contiguous()
-    (batch, length, groups, keys), (_, _, heads, values) = q.shape, v.shape
-    channels = 0 if g is None else keys if g.ndim == 4 else 1
-    sizes = (batch, length, groups, heads, keys, values, channels, TILE, native.threads())
-    rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(g))
-    return (q, k, v, g, initial, start), (*sizes, *rows, native.address(initial), native.address(start))
+class _Given:
+    """What both kernels begin with, kept alive as long as they run."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        initial: Tensor | None,
+        dt: Tensor | None,
+        D: Tensor | None,
+        start: Tensor | None,
+    ) -> None:
+        (batch, length, groups, keys), (_, _, heads, values) = q.shape, v.shape
+        self.state = (batch, heads, keys, values)
+        channels = 0 if log_decay is None else keys if log_decay.ndim == 4 else 1
+        self.sizes = (batch, length, groups, heads, keys, values, channels, 1 if D is None or D.ndim == 1 else values)
+        log_decay, dt, start = (None if x is None else x.contiguous() for x in (log_decay, dt, start))
+        self.rows = (_in_heads(q), _in_heads(k), _in_heads(v), log_decay, dt)
+        self.parameters = (native.single(D), native.single(initial), start)
+
+    def numbers(self) -> tuple[int, ...]:
+        q, k, v, log_decay, dt = self.rows
+        rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(log_decay), *_rows(dt))
+        return *self.sizes, TILE, native.threads(), *rows, *map(native.address, self.parameters)
+
+
+def register_kernel() -> None:
+    """Register the op of the kernel, which computes ``linear_attention`` with Δ and D."""
+    tensors, around = "Tensor q, Tensor k, Tensor v, Tensor? log_decay", "Tensor? dt, Tensor? D, Tensor? start"
+    register(
+        "written_linear_attention",
+        f"{tensors}, Tensor? initial, {around}, bool keep -> (Tensor, Tensor, Tensor)",
+        forward={"cpu": linear_attention},
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        computes="linear_attention",
+    )
+    define(
+        "written_linear_attention_backward",
+        f"Tensor grad, Tensor grad_final, {tensors}, {around}, Tensor kept -> ({', '.join(['Tensor'] * 7)})",
+        {"cpu": linear_attention_backward},
+        _fake_backward,
+    )
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    final = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    # One more than tiles: tracing makes a promise about an axis that could have one entry.
+    tiles = (v.shape[1] + TILE - 1) // TILE + 1
+    return torch.empty_like(v), final, final.new_empty(tiles, *final.shape) if rest[-1] else final.new_empty(0)
+
+
+def _fake_backward(
+    grad: Tensor,
+    grad_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    wanted = (q, k, v, log_decay, grad_final, dt, D)
+    return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _, ctx.backend = inputs
+    ctx.initial = tensors.pop(4) is not None
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    gradients = torch.ops.longstate.written_linear_attention_backward(grad, grad_final, *saved, ctx.backend)
+    _, _, _, log_decay, dt, D, *_ = saved
+    there = (True, True, True, log_decay is not None, ctx.initial, dt is not None, D is not None)
+    return *(x if given else None for x, given in zip(gradients, there, strict=True)), None, None, None
