@@ -57,6 +57,14 @@ def linear_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable
     return ops.linear_attention, dict(q=q, k=key, v=v, log_decay=decay, initial=initial)
 
 
+def delta_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Keys of length 1 and write strengths up to 2: a state that may turn round but not grow."""
+    _, arguments = linear_case(kind, b, t, dtype)
+    arguments["k"] = torch.nn.functional.normalize(arguments["k"], dim=-1)
+    arguments["beta"] = 2 * torch.rand(arguments["v"].shape[:3], dtype=dtype)
+    return ops.delta_rule, arguments
+
+
 def short_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
     taps = 1 if "one" in kind else 4
     arguments = dict(u=torch.randn(b, t, 3, dtype=dtype), weight=torch.randn(3, taps, dtype=dtype))
@@ -80,6 +88,7 @@ CASES = [
         (linear_case, k)
         for k in ("none", "head", "step", "channel", "groups none", "groups step strong", "groups channel strong")
     ),
+    *((delta_case, k) for k in ("none", "step", "channel", "groups step strong", "groups channel strong")),
     *((short_case, k) for k in ("", "one")),
     *((long_case, k) for k in ("", "few")),
 ]

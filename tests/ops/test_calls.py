@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longstate import ops
+from longstate.ops.delta_rule import chunked as delta_chunked
 from longstate.ops.linear_attention import chunked as linear_chunked
 from longstate.ops.scan import chunked as scan_chunked
 from longstate.ops.selective_scan import chunked as selective_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"delta_rule", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -122,11 +123,19 @@ def watched(name: str, length: int) -> tuple[Watch, int, int]:
         keep = [True] if "keep" in inspect.signature(linear_chunked.linear_attention).parameters else []
         given, states = (q, k, v, g, torch.zeros(b, 2, n, n)), b * length * 2 * n * n * 4
         with Watch() as watch:
-            linear_chunked.linear_attention(*given, None, *keep)
+            if "delta" in name:
+                beta = torch.rand(b, length, 2)
+                y, final, kept = delta_chunked.delta_rule(*given[:3], beta, *given[3:], None, True)
+                delta_chunked.delta_rule_backward(y, final, *given[:3], beta, g, None, kept)
+            else:
+                linear_chunked.linear_attention(*given, None, *keep)
     return watch, sum(x.nbytes for x in given), states
 
 
-@pytest.mark.parametrize("name", ["scan", "selective_scan", "linear_attention", "linear_attention channel"])
+ATTENTIONS = ("linear_attention", "linear_attention channel", "delta_rule", "delta_rule channel")
+
+
+@pytest.mark.parametrize("name", ["scan", "selective_scan", *ATTENTIONS])
 def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
     (short, _, _), (long, given, states) = watched(name, 4096), watched(name, 8192)
     assert long.peak <= 2.1 * short.peak
@@ -135,7 +144,8 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "calls"), [("scan", 4096, 40), ("selective_scan", 32, 500), ("linear_attention", 512, 300)]
+    ("name", "steps", "calls"),
+    [("scan", 4096, 40), ("selective_scan", 32, 500), ("linear_attention", 512, 300), ("delta_rule", 64, 150)],
 )
 def test_no_loop_over_time(name: str, steps: int, calls: int) -> None:
     """So many further steps (a chunk both ways; for the scan, one more halving) cost at most so many calls."""
@@ -172,6 +182,7 @@ def registered() -> dict[str, dict[str, Any]]:
         "scan": dict(a=torch.rand(2, 5, 3).double().requires_grad_(), b=t(2, 5, 3), initial=t(2, 3)) | one,
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
+        "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
         "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,

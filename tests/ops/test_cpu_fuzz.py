@@ -71,7 +71,17 @@ def linear_attention(r: random.Random, b: int, t: int) -> tuple[Callable[..., An
     shapes = dict(q=(b, t, g, k), k=(b, t, g, k), v=(b, t, h, p), dt=(b, t, h), D=r.choice([(h,), (h, p)]))
     given = some_narrow(r, {name: torch.randn(shape) for name, shape in shapes.items()}, ("dt", "D"))
     given |= {} if decay is None else {"log_decay": -3 * torch.rand(decay)}
-    return ops.linear_attention, given | ({"initial": torch.randn(b, h, k, p)} if r.random() < 0.8 else {}), {}
+    return ops.linear_attention, given | ({"initial": torch.randn(b, h, k, p)} if not t or r.random() < 0.8 else {}), {}
+
+
+def delta_rule(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    _, given, _ = linear_attention(r, b, t)
+    given.pop("D", None)
+    if given.get("log_decay", torch.empty(0, 0)).ndim == 1:
+        del given["log_decay"]
+    given["k"] = torch.nn.functional.normalize(given["k"], dim=-1)
+    given["beta"] = given.pop("dt", torch.rand(given["v"].shape[:3])).abs().clamp(max=1.9)
+    return ops.delta_rule, given, {}
 
 
 def short_convolution(r: random.Random, b: int, t: int) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
@@ -105,7 +115,7 @@ def wide(x: Any) -> Any:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-OPS = (selective_scan, scan, linear_attention, short_convolution, rms_norm)
+OPS = (selective_scan, scan, linear_attention, delta_rule, short_convolution, rms_norm)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

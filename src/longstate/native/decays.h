@@ -72,8 +72,8 @@ struct HeadDecays {
     }
 };
 
-static inline void scale_rows(float* x, int64_t width, const float* factors) {
-    for (int t = 0; t < C; t++)
+static inline void scale_rows(float* x, int64_t width, const float* factors, int64_t count = C) {
+    for (int64_t t = 0; t < count; t++)
         for (int64_t i = 0; i < width; i += W) store(x + t * width + i, load(x + t * width + i) * all(factors[t]));
 }
 
@@ -91,22 +91,28 @@ static inline void channel_decays(float* g, int64_t width, float* through) {
     }
 }
 
-// scores[t][s] = sum_n q_t D_ts k_s for s <= t, else 0, from a = e^g and q and k in rows of `width` channels; k_s becomes
-// k_s out_s: what is left of it is taken along from step to step, four at a time.
-static inline void decayed_scores(const float* a, const float* q, float* k, int64_t width, float* scores) {
+// scores[t][s] = sum_n q_t D_ts k_s for s <= t, else 0, from a = e^g and q and k in rows of `width` channels; and, if there
+// are two readers, the same of the other one. k_s becomes k_s out_s: what is left of it is taken along from step to step,
+// four at a time.
+static inline void decayed_scores(const float* a, const float* q, const float* other, float* k, int64_t width,
+                                  float* scores, float* other_scores) {
     for (int t = 0; t < C; t += 4)
         for (int s = 0; s < C; s++) {
-            vf sum[4] = {};
+            vf sum[4] = {}, other_sum[4] = {};
             for (int64_t i = 0; i < width && s < t + 4; i += W) {
                 vf left = load(k + s * width + i);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
                     if (t + j > s) left *= load(a + (t + j) * width + i);
                     if (t + j >= s) sum[j] += left * load(q + (t + j) * width + i);
+                    if (t + j >= s && other) other_sum[j] += left * load(other + (t + j) * width + i);
                 }
                 store(k + s * width + i, left);
             }
-            for (int j = 0; j < 4; j++) scores[(t + j) * C + s] = total(sum[j]);
+            for (int j = 0; j < 4; j++) {
+                scores[(t + j) * C + s] = total(sum[j]);
+                if (other) other_scores[(t + j) * C + s] = total(other_sum[j]);
+            }
         }
 }
 
@@ -117,17 +123,6 @@ static inline void decay_from_begin(const float* a, float* q, int64_t width) {
         for (int t = 0; t < C; t++) {
             left *= load(a + t * width + i);
             store(q + t * width + i, load(q + t * width + i) * left);
-        }
-    }
-}
-
-// k_s becomes k_s out_s.
-static inline void decay_to_end(const float* a, float* k, int64_t width) {
-    for (int64_t i = 0; i < width; i += W) {
-        vf left = all(1.f);
-        for (int s = C - 1; s >= 0; s--) {
-            store(k + s * width + i, load(k + s * width + i) * left);
-            left *= load(a + s * width + i);
         }
     }
 }

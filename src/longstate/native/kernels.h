@@ -147,10 +147,11 @@ struct MambaStep {
 };
 
 // S_t = diag(e^(g_t)) S_(t-1) + k_t (dt_t v_t)^T,  y_t = S_t^T q_t + D v_t; heads h share groups g of queries and keys.
+// If it erases (the delta rule), v_t - (diag(e^(g_t)) S_(t-1))^T k_t stands for the v_t that is written; there is no D then.
 struct LinearAttention {
     int64_t batch, length, groups, heads, keys, values;
     int64_t channels;        // of the log decay, to a head: none, one or `keys`
-    int64_t skips;           // numbers of D, to a head: one or `values`
+    int64_t skips, erases;   // numbers of D, to a head: one or `values`
     int64_t tile, threads;   // tile: steps between kept states
     Rows q, k, v;            // [b t (g k)] [b t (g k)] [b t (h p)]
     Rows decay, dt;          // [b t (h channels)] [b t h]; may be absent

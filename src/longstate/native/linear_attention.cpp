@@ -7,32 +7,35 @@ namespace longstate::ISA {
 #include "decays.h"
 #include "linear_attention.h"
 
-// One step of some channels of a head: the state is read and written once.
+// One step of some channels of a head: the state is read from memory and written once.
 template <int N>
 static void step(const LinearAttention& x, int64_t b, int64_t h, int64_t i, int count, const float* remains,
                  const float* q, const float* k) {
     const int64_t every = x.channels > 1, at = (b * x.heads + h) * x.keys * x.values + i;
-    const vf dt = all(x.dt ? number_at(x.dt, b, 0, h) : 1.f);
     const float* before = (x.initial ? x.initial : x.final) + at;
     float* after = x.final + at;
+    const auto decayed = [&](int64_t m, int n) {
+        const float f = x.initial ? remains[m * every] : -1.f;
+        const vf old = f == -1.f ? vf{} : load_some(before + m * x.values + n * W, count);
+        return f <= 0.f ? old + old * all(f) : old * all(f);
+    };
     vf v[N], y[N] = {};
-    for (int n = 0; n < N; n++) {
-        v[n] = read(x.v, b, 0, h * x.values + i + n * W, count);
-        if (x.D) y[n] = v[n] * skip(x, h, i + n * W, count);
-        v[n] *= dt;
-    }
-    for (int64_t m = 0; m < x.keys; m++, before += x.values, after += x.values)
+    for (int n = 0; n < N; n++) v[n] = read(x.v, b, 0, h * x.values + i + n * W, count);
+    for (int n = 0; n < N && x.D; n++) y[n] = v[n] * skip(x, h, i + n * W);
+    for (int64_t m = 0; m < x.keys && x.erases; m++)
+        for (int n = 0; n < N; n++) v[n] -= decayed(m, n) * all(k[m]);
+    for (int n = 0; n < N && x.dt; n++) v[n] *= all(number_at(x.dt, b, 0, h));
+    for (int64_t m = 0; m < x.keys; m++)
         for (int n = 0; n < N; n++) {
-            const float f = x.initial ? remains[m * every] : -1.f;
-            const vf old = f == -1.f ? vf{} : load_some(before + n * W, count);
-            const vf s = (f <= 0.f ? old + old * all(f) : old * all(f)) + v[n] * all(k[m]);
-            store_some(after + n * W, s, count);
+            const vf s = decayed(m, n) + v[n] * all(k[m]);
+            store_some(after + m * x.values + n * W, s, count);
             y[n] += s * all(q[m]);
         }
     for (int n = 0; n < N; n++) write(x.y, b, 0, h * x.values + i + n * W, y[n], count);
 }
 
-static void one_step(const LinearAttention& x, const Decays& decays) {
+static void one_step(const LinearAttention& x) {
+    const Decays decays{x.decay, x.start, x.length, x.channels};
     const int64_t width = filled(x.keys), shared = x.heads / x.groups;
 #pragma omp parallel for schedule(static) num_threads(x.threads) if (x.batch * x.heads * x.keys * x.values > 1 << 16)
     for (int64_t job = 0; job < x.batch * x.heads; job++) {
@@ -50,61 +53,55 @@ static void one_step(const LinearAttention& x, const Decays& decays) {
     }
 }
 
+// What the steps of a chunk read for one head.
+static void read_out(const LinearAttention& x, const Chunk& chunk, const float* S, const float* q, const float* written,
+                     int64_t count, int64_t alive, float* y) {
+    const int64_t n = chunk.n, p = chunk.p;
+    const bool by_channel = chunk.decays.by_channel();
+    multiply(alive, p, x.keys, by_channel ? chunk.q_into.data() : q, n, 1, S, p, y, p, REPLACE);
+    std::fill_n(y + alive * p, (count - alive) * p, 0.f);
+    multiply_lower(count, p, chunk.scores, written, p, y, p, by_channel ? ADD : Remains{chunk.head.remains_into, 1});
+}
+
 void linear_attention(const LinearAttention& x) {
-    const Decays decays{x.decay, x.start, x.length, x.channels};
-    if (x.length == 1 && !x.kept) return one_step(x, decays);
+    if (x.length == 1 && !x.kept) return one_step(x);
     const int64_t shared = x.heads / x.groups, pieces = (shared + HEADS - 1) / HEADS;
-    const int64_t n = filled(x.keys), p = filled(x.values), state = x.keys * x.values;
+    const int64_t state = x.keys * x.values, tiles = (x.length + x.tile - 1) / x.tile;
 #pragma omp parallel for schedule(static) num_threads(x.threads)
     for (int64_t job = 0; job < x.batch * x.groups * pieces; job++) {
         const FlushedToZero flushed;
         const int64_t piece = job % pieces, group = job / pieces % x.groups, b = job / pieces / x.groups;
         const int64_t first = group * shared + piece * HEADS, end = std::min(first + HEADS, (group + 1) * shared);
-        Room q(C * n), k(C * n), columns(n * C), g(C * (x.channels > 1 ? n : 1)), v(C * p), written(C * p), y(C * p);
-        Room states((end - first) * x.keys * p), q_into(x.channels > 1 ? C * n : 0), k_out(q_into.size()), through(n);
-        Square pairs, scores;
-        HeadDecays head;
+        Chunk chunk(x);
+        const int64_t n = chunk.n, p = chunk.p;
+        Room q(C * n), k(C * n), columns(n * C), v(C * p), written(C * p), y(C * p), states((end - first) * x.keys * p);
+        Square qk, kk;
         for (int64_t h = first; h < end && x.initial; h++)
             widen_rows(x.initial + (b * x.heads + h) * state, x.keys, x.values, &states[(h - first) * x.keys * p]);
         for (int64_t t = 0; t < x.length; t += C) {
-            const int64_t count = std::min<int64_t>(C, x.length - t);
+            const int64_t count = std::min<int64_t>(C, x.length - t), alive = chunk.decays.before_start(b, t, count);
             gather(x.q, b, t, count, group * x.keys, x.keys, q.data());
             gather(x.k, b, t, count, group * x.keys, x.keys, k.data());
-            if (!decays.by_channel()) {
+            if (!chunk.decays.by_channel()) {
                 transpose(C, n, k.data(), n, columns.data(), C);
-                multiply(C, C, x.keys, q.data(), n, 1, columns.data(), C, pairs, C, REPLACE);
+                multiply(C, C, x.keys, q.data(), n, 1, columns.data(), C, qk, C, REPLACE);
+                if (x.erases) multiply(C, C, x.keys, k.data(), n, 1, columns.data(), C, kk, C, REPLACE);
             }
             for (int64_t h = first; h < end; h++) {
                 float* S = &states[(h - first) * x.keys * p];
                 if (x.kept && t % x.tile == 0)
                     narrow_rows(S, x.keys, x.values, x.kept + ((t / x.tile * x.batch + b) * x.heads + h) * state);
-                decays.read_steps(b, t, count, h, g.data());
-                read_values(x, b, t, count, h, v.data(), written.data());
-                if (decays.by_channel()) {
-                    q_into = q, k_out = k;
-                    channel_decays(g.data(), n, through.data());
-                    decayed_scores(g.data(), q.data(), k_out.data(), n, scores);
-                    decay_from_begin(g.data(), q_into.data(), n);
-                    const int64_t alive = decays.before_start(b, t, count);  // later steps see nothing of S, be it NaN
-                    multiply(alive, p, x.keys, q_into.data(), n, 1, S, p, y.data(), p, REPLACE);
-                    std::fill_n(&y[0] + alive * p, (count - alive) * p, 0.f);
-                    multiply_lower(count, p, scores, written.data(), p, y.data(), p, ADD);
-                    multiply(x.keys, p, count, k_out.data(), 1, n, written.data(), p, S, p, {through.data(), 1});
-                } else {
-                    head.set(g.data());
-                    for (int i = 0; i < C * C; i += W) store(scores + i, load(pairs + i) * load(head.D + i));
-                    multiply(count, p, x.keys, q.data(), n, 1, S, p, y.data(), p, REPLACE);
-                    multiply_lower(count, p, scores, written.data(), p, y.data(), p, {head.remains_into, 1});
-                    scale_rows(written.data(), p, head.out());
-                    multiply(x.keys, p, count, k.data(), 1, n, written.data(), p, S, p, head.through());
-                }
+                gather(x.v, b, t, count, h * x.values, x.values, v.data());
+                chunk.begin(b, t, count, h, q.data(), k.data(), qk, kk);
+                chunk.write(S, k.data(), alive, v.data(), written.data());
+                read_out(x, chunk, S, q.data(), written.data(), count, alive, y.data());
+                chunk.advance(S, k.data(), count, written.data());
                 for (int64_t i = 0; i < p && x.D; i += W)
                     for (int64_t c = 0; c < count; c++)
-                        store(&y[c * p + i], load(&y[c * p + i]) + load(&v[c * p + i]) * skip(x, h, i, lanes(x.values, i)));
+                        store(&y[c * p + i], load(&y[c * p + i]) + load(&v[c * p + i]) * skip(x, h, i));
                 scatter(x.y, b, t, count, h * x.values, x.values, y.data());
             }
         }
-        const int64_t tiles = (x.length + x.tile - 1) / x.tile;
         for (int64_t h = first; h < end; h++) {
             float* final = x.final + (b * x.heads + h) * state;
             narrow_rows(&states[(h - first) * x.keys * p], x.keys, x.values, final);

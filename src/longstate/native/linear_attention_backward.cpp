@@ -17,24 +17,25 @@ namespace {
 struct Piece {
     const LinearAttentionBackward& g;
     const LinearAttention& x;
-    const Decays decays;
-    const int64_t b, group, n, p, size, chunks;  // n, p: keys and values in whole vectors; size of a state
-    Room q, k, grad_q, grad_k;                   // [chunks C n]
-    Room q_columns, k_columns;                   // [chunks n C]
-    Room pairs, grad_pairs;                      // [chunks C C]: q_t k_s without decay, and its gradient of all heads
-    Room states, adjoints;                       // [chunks k p] [heads k p]
-    Room grad_D;                                 // [heads p]
-    Room a, given, v, v_columns, grad, grad_columns, grad_v, q_into, k_out, through, carried, columns, from_q, from_k;
-    Square scores, grad_scores;
-    HeadDecays head;
+    const int64_t b, group, n, p, size;             // n, p: keys and values in whole vectors; size of a state
+    const bool by_channel;
+    std::vector<Chunk> chunks;                      // of a head
+    Room q, k, grad_q, grad_k;                      // [chunks C n]
+    Room q_columns, k_columns;                      // [chunks n C]
+    Room qk, kk, grad_qk, grad_kk;                  // [chunks C C]: products, and their gradients of all heads
+    Room states, adjoints, sums_D;                  // [chunks k p] [heads k p] [heads p]
+    Room v, written;                                // [chunks C p]
+    Room grad, grad_v, erased, written_columns, grad_columns, erased_columns;  // [C p], [p C]
+    Room carried, columns, from_q, from_reader, from_k;
+    Square grad_scores, grad_own;
 
     Piece(const LinearAttentionBackward& g, int64_t b, int64_t group, int64_t heads)
-        : g(g), x(g.forward), decays{x.decay, x.start, x.length, x.channels}, b(b), group(group), n(filled(x.keys)),
-          p(filled(x.values)), size(x.keys * p), chunks(x.tile / C), q(chunks * C * n), k(q.size()), grad_q(q.size()),
-          grad_k(q.size()), q_columns(q.size()), k_columns(q.size()), pairs(chunks * C * C), grad_pairs(pairs.size()),
-          states(chunks * size), adjoints(heads * size), grad_D(heads * p), a(C * (x.channels > 1 ? n : 1)), given(C * p), v(C * p), v_columns(C * p),
-          grad(C * p), grad_columns(C * p), grad_v(C * p), q_into(C * n), k_out(C * n), through(n), carried(n), columns(n * C),
-          from_q(C * n), from_k(C * n) {}
+        : g(g), x(g.forward), b(b), group(group), n(filled(x.keys)), p(filled(x.values)), size(x.keys * p),
+          by_channel(x.channels > 1), chunks(x.tile / C, Chunk(x)), q(x.tile * n), k(q), grad_q(q), grad_k(q), q_columns(q),
+          k_columns(q), qk(x.tile * C), kk(qk), grad_qk(qk), grad_kk(qk), states(chunks.size() * size),
+          adjoints(heads * size), sums_D(heads * p), v(x.tile * p), written(v), grad(C * p), grad_v(grad), erased(grad),
+          written_columns(grad), grad_columns(grad), erased_columns(grad), carried(n), columns(n * C), from_q(columns),
+          from_reader(columns), from_k(columns) {}
 
     // The shared part of the tile of steps [t, end).
     void begin(int64_t t, int64_t end) {
@@ -42,12 +43,13 @@ struct Piece {
             const int64_t count = std::min<int64_t>(C, end - t), at = j * C * n;
             gather(x.q, b, t, count, group * x.keys, x.keys, &q[at]);
             gather(x.k, b, t, count, group * x.keys, x.keys, &k[at]);
-            if (decays.by_channel()) continue;
+            if (by_channel) continue;
             transpose(C, n, &q[at], n, &q_columns[at], C);
             transpose(C, n, &k[at], n, &k_columns[at], C);
-            multiply(C, C, x.keys, &q[at], n, 1, &k_columns[at], C, &pairs[j * C * C], C, REPLACE);
+            multiply(C, C, x.keys, &q[at], n, 1, &k_columns[at], C, &qk[j * C * C], C, REPLACE);
+            if (x.erases) multiply(C, C, x.keys, &k[at], n, 1, &k_columns[at], C, &kk[j * C * C], C, REPLACE);
         }
-        for (Room* room : {&grad_q, &grad_k, &grad_pairs}) std::fill(room->begin(), room->end(), 0.f);
+        for (Room* room : {&grad_q, &grad_k, &grad_qk, &grad_kk}) std::fill(room->begin(), room->end(), 0.f);
     }
 
     // Write the gradients of q and k of the tile, summed over the heads.
@@ -55,107 +57,126 @@ struct Piece {
         for (int64_t j = 0; t < end; t += C, j++) {
             const int64_t count = std::min<int64_t>(C, end - t), at = j * C * n;
             float *to_q = &grad_q[at], *to_k = &grad_k[at];
-            if (!decays.by_channel()) {
-                const float* F = &grad_pairs[j * C * C];
+            if (!by_channel) {
+                const float *of_qk = &grad_qk[j * C * C], *of_kk = &grad_kk[j * C * C];
                 transpose(n, C, to_q, C, from_q.data(), n);
                 transpose(n, C, to_k, C, from_k.data(), n);
                 to_q = from_q.data(), to_k = from_k.data();
-                multiply_lower(count, n, F, &k[at], n, to_q, n, ADD);
-                multiply(count, n, count, F, 1, C, &q[at], n, to_k, n, ADD);
+                multiply_lower(count, n, of_qk, &k[at], n, to_q, n, ADD);
+                multiply(count, n, count, of_qk, 1, C, &q[at], n, to_k, n, ADD);
+                if (x.erases) {
+                    multiply_lower(count, n, of_kk, &k[at], n, to_k, n, ADD);
+                    multiply(count, n, count, of_kk, 1, C, &k[at], n, to_k, n, ADD);
+                }
             }
             scatter(g.grad_q, piece * x.batch + b, t, count, group * x.keys, x.keys, to_q);
             scatter(g.grad_k, piece * x.batch + b, t, count, group * x.keys, x.keys, to_k);
         }
     }
 
-    // The state of a head before the next chunk.
-    void advance(int64_t h, int64_t t, int64_t j) {
-        const float *S = &states[j * size], *keys = &k[j * C * n];
-        float* next = &states[(j + 1) * size];
-        decays.read_steps(b, t, C, h, a.data());
-        read_values(x, b, t, C, h, given.data(), v.data());
-        std::copy_n(S, size, next);
-        if (decays.by_channel()) {
-            std::copy_n(keys, C * n, k_out.data());
-            channel_decays(a.data(), n, through.data());
-            decay_to_end(a.data(), k_out.data(), n);
-            multiply(x.keys, p, C, k_out.data(), 1, n, v.data(), p, next, p, {through.data(), 1});
-        } else {
-            head.set(a.data());
-            scale_rows(v.data(), p, head.out());
-            multiply(x.keys, p, C, keys, 1, n, v.data(), p, next, p, head.through());
-        }
+    // What a chunk of a head writes, and the state after it unless it is the tile's last.
+    void advance(int64_t h, int64_t t, int64_t j, int64_t count, bool last) {
+        Chunk& chunk = chunks[j];
+        const float* keys = &k[j * C * n];
+        float *S = &states[j * size], *values = &v[j * C * p], *own = &written[j * C * p];
+        gather(x.v, b, t, count, h * x.values, x.values, values);
+        chunk.begin(b, t, count, h, &q[j * C * n], keys, &qk[j * C * C], &kk[j * C * C]);
+        chunk.write(S, keys, chunk.decays.before_start(b, t, count), values, own);
+        if (last) return;
+        std::copy_n(S, size, S + size);
+        std::copy_n(own, C * p, grad_v.data());
+        chunk.advance(S + size, keys, count, grad_v.data());
     }
 
     // One chunk of a head backwards: `adjoint` is the gradient of the state after it, and before it on return.
-    void retreat(int64_t h, int64_t t, int64_t j, int64_t count, float* adjoint, float* sum_D) {
-        read_values(x, b, t, count, h, given.data(), v.data(), -C);
+    void retreat(int64_t h, int64_t t, int64_t j, int64_t count, float* L, float* sum_D) {
+        Chunk& chunk = chunks[j];
+        const float* keys = by_channel ? chunk.k_out.data() : &k[j * C * n];
         gather(g.grad, b, t, count, h * x.values, x.values, grad.data(), -C);
-        transpose(C, p, v.data(), p, v_columns.data(), C);
+        transpose(C, p, &written[j * C * p], p, written_columns.data(), C);
         transpose(C, p, grad.data(), p, grad_columns.data(), C);
-        decays.read_steps(b, t, count, h, a.data());
-        multiply(C, C, x.values, grad.data(), p, 1, v_columns.data(), C, grad_scores, C, REPLACE);
-        if (decays.by_channel())
-            by_channel(h, t, j, count, adjoint);
+        multiply(C, C, x.values, grad.data(), p, 1, written_columns.data(), C, grad_scores, C, REPLACE);
+        multiply(count, p, x.keys, keys, n, 1, L, p, grad_v.data(), p, REPLACE);
+        multiply(count, p, count, chunk.scores, 1, C, grad.data(), p, grad_v.data(), p,
+                 by_channel ? ADD : Remains{chunk.head.remains_out, 1});
+        if (x.erases) restore(chunk, count);
+        if (by_channel)
+            retreat_by_channel(h, t, j, count, L);
         else
-            by_head(h, t, j, count, adjoint);
-        around(h, t, count, sum_D);
+            retreat_by_head(h, t, j, count, L);
+        around(h, t, j, count, sum_D);
         scatter(g.grad_v, b, t, count, h * x.values, x.values, grad_v.data());
     }
 
-    // From the gradient of values as they are written to that of values, dt and D.
-    void around(int64_t h, int64_t t, int64_t count, float* sum_D) {
+    // From the gradient of what is written to that of dt e: a later step's e holds - own_ts of it. `erased` is, for each
+    // step, the gradient of what its key found.
+    void restore(const Chunk& chunk, int64_t count) {
+        std::fill(erased.begin(), erased.end(), 0.f);
+        for (int64_t c = count - 1; c >= 0; c--)
+            for (int64_t i = 0; i < p; i += W) {
+                vf sum = load(&grad_v[c * p + i]);
+                for (int64_t s = c + 1; s < count; s++) sum += all(chunk.own[s * C + c]) * load(&erased[s * p + i]);
+                store(&grad_v[c * p + i], sum);
+                store(&erased[c * p + i], -sum * all(chunk.dt[c]));
+            }
+        transpose(C, p, erased.data(), p, erased_columns.data(), C);
+        multiply(C, C, x.values, erased.data(), p, 1, written_columns.data(), C, grad_own, C, REPLACE);
+        for (int c = 0; c < C; c++) grad_own[c * C + c] = 0.f;
+    }
+
+    // From the gradient of what stands for v_t, times dt_t, to that of values, dt and D.
+    void around(int64_t h, int64_t t, int64_t j, int64_t count, float* sum_D) {
+        const float* values = &v[j * C * p];
         for (int64_t c = 0; c < count && x.dt; c++) {
-            const vf dt = all(number_at(x.dt, b, t + c, h));
-            write(g.grad_dt, b, t + c, h, all(product(&given[c * p], &grad_v[c * p])), 1);
-            for (int64_t i = 0; i < p; i += W) store(&grad_v[c * p + i], load(&grad_v[c * p + i]) * dt);
+            write(g.grad_dt, b, t + c, h, all(product(values + c * p, &grad_v[c * p])), 1);
+            for (int64_t i = 0; i < p; i += W)
+                store(&grad_v[c * p + i], load(&grad_v[c * p + i]) * all(chunks[j].dt[c]));
         }
         for (int64_t i = 0; i < p && x.D; i += W) {
-            const vf D = skip(x, h, i, lanes(x.values, i));
+            const vf D = skip(x, h, i);
             vf sum{};
             for (int64_t c = 0; c < count; c++) {
                 const vf y = read(g.grad, b, t + c, h * x.values + i, lanes(x.values, i));
-                sum += y * load(&given[c * p + i]);
+                sum += y * load(values + c * p + i);
                 store(&grad_v[c * p + i], load(&grad_v[c * p + i]) + y * D);
             }
             store(sum_D + i, load(sum_D + i) + sum);
         }
     }
 
-    void by_head(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
-        const float *S = &states[j * size], *queries = &q[j * C * n], *keys = &k[j * C * n];
-        head.set(a.data());
+    void retreat_by_head(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
+        const float *S = &states[j * size], *queries = &q_columns[j * C * n], *keys = &k_columns[j * C * n];
+        const HeadDecays& head = chunks[j].head;
         for (int i = 0; i < C * C; i += W) {
-            const vf pair = load(&pairs[j * C * C + i]), left = load(head.D + i), F = load(grad_scores + i) * left;
-            float* sum = &grad_pairs[j * C * C + i];
-            store(sum, load(sum) + F);
-            store(grad_scores + i, F * pair);
-            store(scores + i, left * pair);
+            const vf left = load(head.D + i), of_qk = load(grad_scores + i) * left;
+            store(&grad_qk[j * C * C + i], load(&grad_qk[j * C * C + i]) + of_qk);
+            vf crossing = of_qk * load(&qk[j * C * C + i]);
+            if (x.erases) {
+                const vf of_kk = load(grad_own + i) * left;
+                store(&grad_kk[j * C * C + i], load(&grad_kk[j * C * C + i]) + of_kk);
+                crossing += of_kk * load(&kk[j * C * C + i]);
+            }
+            store(grad_scores + i, crossing);
         }
-        multiply(count, p, x.keys, keys, n, 1, L, p, grad_v.data(), p, REPLACE);
-        multiply(count, p, count, scores, 1, C, grad.data(), p, grad_v.data(), p,
-                 {head.remains_out, 1});
-        float read[C], written[C], grad_decay[C], through = 0.f;  // by the state before, and into the one after
-        outer(S, grad_columns.data(), head.into, &q_columns[j * C * n], &grad_q[j * C * n], read);
-        outer(L, v_columns.data(), head.out(), &k_columns[j * C * n], &grad_k[j * C * n], written);
+        float read[C] = {}, from[C] = {}, through = 0.f;  // what is read of the state before, goes into the one after, or both
+        outer(S, grad_columns.data(), head.into, queries, &grad_q[j * C * n], read);
+        if (x.erases) outer(S, erased_columns.data(), head.into, keys, &grad_k[j * C * n], read);
+        outer(L, written_columns.data(), head.out(), keys, &grad_k[j * C * n], from);
         for (int64_t m = 0; m < x.keys && x.channels; m++) through += head.into[C - 1] * product(S + m * p, L + m * p);
         scale_rows(grad.data(), p, head.into);
-        multiply(x.keys, p, count, queries, 1, n, grad.data(), p, L, p, head.through());
-        if (!x.channels) return;
-        float crossing[C] = {}, after = 0.f;  // from each source to all readers from a step on; read from a step on
-        for (int c = C - 1; c >= 0; c--) {
-            after += read[c];
-            grad_decay[c] = after + through;
-            for (int s = 0; s < c; s++) grad_decay[c] += crossing[s] += grad_scores[c * C + s];
+        multiply(x.keys, p, count, &q[j * C * n], 1, n, grad.data(), p, L, p, head.through());
+        if (x.erases) {
+            scale_rows(erased.data(), p, head.into);
+            multiply(x.keys, p, count, &k[j * C * n], 1, n, erased.data(), p, L, p, ADD);
         }
-        write_decay(h, t, count, grad_decay, written);
+        if (x.channels) write_decay(h, t, count, read, from, through);
     }
 
-    // sums += [k p] times [p C], each step times its factor; and what that brings together with `with`, for each step.
+    // sums += [k p] times [p C], each step times its factor; `brought` += what that brings together with `with`.
     void outer(const float* of, const float* steps, const float* factor, const float* with, float* sums, float* brought) {
         multiply(x.keys, C, x.values, of, p, 1, steps, C, columns.data(), C, REPLACE);
         for (int i = 0; i < C; i += W) {
-            vf sum{}, f = load(factor + i);
+            vf sum = load(brought + i), f = load(factor + i);
             for (int64_t m = 0; m < x.keys; m++) {
                 const vf y = load(&columns[m * C + i]) * f;
                 sum += y * load(with + m * C + i);
@@ -171,75 +192,84 @@ struct Piece {
         return total(sum);
     }
 
-    void write_decay(int64_t h, int64_t t, int64_t count, const float* from_later, const float* written) {
-        float before = 0.f, whole = 0.f;
+    // The gradient of a step's log decay: all that crosses it.
+    void write_decay(int64_t h, int64_t t, int64_t count, const float* read, const float* from, float through) {
+        float crossing[C] = {}, gradient[C], after = 0.f, before = 0.f, whole = 0.f;
+        for (int c = C - 1; c >= 0; c--) {
+            after += read[c];
+            gradient[c] = after + through;
+            for (int s = 0; s < c; s++) gradient[c] += crossing[s] += grad_scores[c * C + s];
+        }
         for (int64_t c = 0; c < count; c++) {
-            const float sum = from_later[c] + before;
-            before += written[c], whole += sum;
-            if (g.grad_decay.row) *reinterpret_cast<float*>(g.grad_decay.address(b, t + c, h)) = sum;
+            gradient[c] += before;
+            before += from[c], whole += gradient[c];
+            if (g.grad_decay.row) *reinterpret_cast<float*>(g.grad_decay.address(b, t + c, h)) = gradient[c];
         }
         if (!g.grad_decay.row) *reinterpret_cast<float*>(g.grad_decay.address(b, t, h)) += whole;
     }
 
-    void by_channel(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
+    void retreat_by_channel(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
         const float* S = &states[j * size];
-        std::copy_n(&q[j * C * n], C * n, q_into.data());
-        std::copy_n(&k[j * C * n], C * n, k_out.data());
-        channel_decays(a.data(), n, through.data());
-        decayed_scores(a.data(), q_into.data(), k_out.data(), n, scores);
-        decay_from_begin(a.data(), q_into.data(), n);
-        multiply(count, p, x.keys, k_out.data(), n, 1, L, p, grad_v.data(), p, REPLACE);
-        multiply(count, p, count, scores, 1, C, grad.data(), p, grad_v.data(), p, ADD);
-        multiply(x.keys, C, x.values, S, p, 1, grad_columns.data(), C, columns.data(), C, REPLACE);
-        transpose(n, C, columns.data(), C, from_q.data(), n);
-        multiply(x.keys, C, x.values, L, p, 1, v_columns.data(), C, columns.data(), C, REPLACE);
-        transpose(n, C, columns.data(), C, from_k.data(), n);
-        for (int64_t m = 0; m < x.keys; m++) carried[m] = factor_of(through[m]) * product(S + m * p, L + m * p);
-        for (int64_t i = 0; i < n; i += W) channels(h, t, j, count, i);
-        multiply(x.keys, p, count, q_into.data(), 1, n, grad.data(), p, L, p,
-                 {through.data(), 1});
+        Chunk& chunk = chunks[j];
+        rows_of(S, grad_columns.data(), from_q.data());
+        if (x.erases) rows_of(S, erased_columns.data(), from_reader.data());
+        rows_of(L, written_columns.data(), from_k.data());
+        for (int64_t m = 0; m < x.keys; m++) carried[m] = factor_of(chunk.through[m]) * product(S + m * p, L + m * p);
+        for (int64_t i = 0; i < n; i += W)
+            x.erases ? channels<true>(h, t, j, count, i) : channels<false>(h, t, j, count, i);
+        multiply(x.keys, p, count, chunk.q_into.data(), 1, n, grad.data(), p, L, p, {chunk.through.data(), 1});
+        if (x.erases) multiply(x.keys, p, count, chunk.k_into.data(), 1, n, erased.data(), p, L, p, ADD);
+    }
+
+    // [k p] times [p C], as rows of steps.
+    void rows_of(const float* of, const float* steps, float* to) {
+        multiply(x.keys, C, x.values, of, p, 1, steps, C, columns.data(), C, REPLACE);
+        transpose(n, C, columns.data(), C, to, n);
     }
 
     // What is done for each key channel by itself: the gradients of W channels of q, k and the log decays of a chunk.
+    template <bool ERASES>
     void channels(int64_t h, int64_t t, int64_t j, int64_t count, int64_t i) {
-        const float *queries = &q[j * C * n + i], *keys = &k[j * C * n + i];
+        const float *a = &chunks[j].g[i], *queries = &q[j * C * n + i], *keys = &k[j * C * n + i];
         float *to_q = &grad_q[j * C * n + i], *to_k = &grad_k[j * C * n + i];
-        vf read[C], written[C], later[C] = {}, left = all(1.f);
+        const auto add = [](float* to, vf y) { store(to, load(to) + y); };
+        vf read[C], from[C], gradient[C] = {}, left = all(1.f);
         for (int c = 0; c < C; c++) {
-            left *= load(&a[c * n + i]);
-            const vf y = left * load(&from_q[c * n + i]);
-            read[c] = y * load(queries + c * n);
-            store(to_q + c * n, load(to_q + c * n) + y);
+            left *= load(a + c * n);
+            const vf y = left * load(&from_q[c * n + i]), z = ERASES ? left * load(&from_reader[c * n + i]) : vf{};
+            read[c] = y * load(queries + c * n) + z * load(keys + c * n);
+            add(to_q + c * n, y);
+            if (ERASES) add(to_k + c * n, z);
         }
         left = all(1.f);
         for (int c = C - 1; c >= 0; c--) {
             const vf y = left * load(&from_k[c * n + i]);
-            written[c] = y * load(keys + c * n);
-            store(to_k + c * n, load(to_k + c * n) + y);
-            left *= load(&a[c * n + i]);
+            from[c] = y * load(keys + c * n);
+            add(to_k + c * n, y);
+            left *= load(a + c * n);
         }
         for (int s = 0; s < count; s++) {
             const vf key = load(keys + s * n);
-            vf pair[C], sum{}, D = all(1.f);
+            vf pair[C], sum{}, D = all(1.f), crossing{};
             for (int c = s; c < count; c++) {
-                if (c > s) D *= load(&a[c * n + i]);
-                const vf y = D * all(grad_scores[c * C + s]);
-                store(to_q + c * n, load(to_q + c * n) + y * key);
-                pair[c] = y * load(queries + c * n);
+                if (c > s) D *= load(a + c * n);
+                const vf y = D * all(grad_scores[c * C + s]), z = ERASES ? D * all(grad_own[c * C + s]) : vf{};
+                add(to_q + c * n, y * key);
+                if (ERASES) add(to_k + c * n, z * key);
+                pair[c] = y * load(queries + c * n) + z * load(keys + c * n);
                 sum += pair[c];
             }
-            store(to_k + s * n, load(to_k + s * n) + sum);
-            vf crossing{};
+            add(to_k + s * n, sum);
             for (int c = int(count) - 1; c > s; c--) {
                 crossing += pair[c];
-                later[c] += crossing * key;
+                gradient[c] += crossing * key;
             }
         }
         vf after = load(&carried[i]), before{};
-        for (int c = int(count) - 1; c >= 0; c--) later[c] += after += read[c];
+        for (int c = int(count) - 1; c >= 0; c--) gradient[c] += after += read[c];
         for (int c = 0; c < count; c++) {
-            write(g.grad_decay, b, t + c, h * x.keys + i, later[c] + before, lanes(x.keys, i));
-            before += written[c];
+            write(g.grad_decay, b, t + c, h * x.keys + i, gradient[c] + before, lanes(x.keys, i));
+            before += from[c];
         }
     }
 };
@@ -253,26 +283,28 @@ void linear_attention_backward(const LinearAttentionBackward& g) {
     for (int64_t job = 0; job < x.batch * x.groups * pieces; job++) {
         const FlushedToZero flushed;
         const int64_t piece = job % pieces, group = job / pieces % x.groups, b = job / pieces / x.groups;
-        const int64_t first = group * shared + piece * HEADS, last = std::min(first + HEADS, (group + 1) * shared);
-        Piece work(g, b, group, last - first);
-        for (int64_t h = first; h < last; h++)
-            widen_rows(g.grad_final + (b * x.heads + h) * state, x.keys, x.values, &work.adjoints[(h - first) * work.size]);
-        for (int64_t tile = (x.length - 1) / x.tile; tile >= 0 && x.length; tile--) {
+        const int64_t first = group * shared + piece * HEADS, heads = std::min(HEADS, (group + 1) * shared - first);
+        Piece work(g, b, group, heads);
+        for (int64_t h = 0; h < heads; h++)
+            widen_rows(g.grad_final + (b * x.heads + first + h) * state, x.keys, x.values, &work.adjoints[h * work.size]);
+        for (int64_t tile = (x.length + x.tile - 1) / x.tile - 1; tile >= 0; tile--) {
             const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length), chunks = (end - begin + C - 1) / C;
+            const auto count = [&](int64_t j) { return std::min<int64_t>(C, end - begin - j * C); };
             work.begin(begin, end);
-            for (int64_t h = first; h < last; h++) {
-                widen_rows(x.kept + ((tile * x.batch + b) * x.heads + h) * state, x.keys, x.values, work.states.data());
-                for (int64_t j = 0; j + 1 < chunks; j++) work.advance(h, begin + j * C, j);
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t at = (b * x.heads + first + h) * state;
+                widen_rows(x.kept + tile * x.batch * x.heads * state + at, x.keys, x.values, work.states.data());
+                for (int64_t j = 0; j < chunks; j++) work.advance(first + h, begin + j * C, j, count(j), j + 1 == chunks);
                 for (int64_t j = chunks - 1; j >= 0; j--)
-                    work.retreat(h, begin + j * C, j, std::min<int64_t>(C, end - begin - j * C),
-                                 &work.adjoints[(h - first) * work.size], &work.grad_D[(h - first) * work.p]);
+                    work.retreat(first + h, begin + j * C, j, count(j), &work.adjoints[h * work.size], &work.sums_D[h * work.p]);
             }
             work.end(piece, begin, end);
         }
-        for (int64_t h = first; h < last && x.D; h++)
-            narrow_rows(&work.grad_D[(h - first) * work.p], 1, x.values, g.grad_D + (b * x.heads + h) * x.values);
-        for (int64_t h = first; h < last; h++)
-            narrow_rows(&work.adjoints[(h - first) * work.size], x.keys, x.values, g.grad_initial + (b * x.heads + h) * state);
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t at = b * x.heads + first + h;
+            narrow_rows(&work.adjoints[h * work.size], x.keys, x.values, g.grad_initial + at * state);
+            if (x.D) narrow_rows(&work.sums_D[h * work.p], 1, x.values, g.grad_D + at * x.values);
+        }
     }
 }
 

@@ -79,7 +79,7 @@ def linear_attention(
     given = (q, k, v, log_decay, initial, dt, D)
     backend = choose("linear_attention", backend, {"cpu": cpu.refusal(*given)})
     if backend == "cpu":
-        y, final, _ = call("written_linear_attention", *given, start, differentiated(*given), backend=backend)
+        y, final, _ = call("written_linear_attention", *given, start, False, differentiated(*given), backend=backend)
         return y, final
     y, final = _composed(*given, start, backend)
     return y.to(v.dtype), final

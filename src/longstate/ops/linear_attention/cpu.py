@@ -27,14 +27,16 @@ def linear_attention(
     dt: Tensor | None,
     D: Tensor | None,
     start: Tensor | None,
+    erases: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
 
-    The last are for the backward pass: none are returned unless asked to ``keep`` them.
+    If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
+    states around tiles are for the backward pass: none are returned unless asked to ``keep`` them.
     """
     assert native.kernels is not None
-    given = _Given(q, k, v, log_decay, initial, dt, D, start)
+    given = _Given(q, k, v, log_decay, initial, dt, D, start, erases)
     y, final = native.empty(v.shape, v.dtype), torch.empty(given.state)
     kept = native.empty((-(-v.shape[1] // TILE) + 1, *given.state)) if keep else torch.empty(0)
     native.kernels.linear_attention(*given.numbers(), *_rows(y), final.data_ptr(), kept.data_ptr() if keep else 0)
@@ -52,11 +54,12 @@ def linear_attention_backward(
     D: Tensor | None,
     start: Tensor | None,
     kept: Tensor,
+    erases: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, log_decay, the initial state, dt and D; empty ones where there is none."""
     assert native.kernels is not None
     batch, length, heads, values = v.shape
-    given = _Given(q, k, v, log_decay, None, dt, D, start)
+    given = _Given(q, k, v, log_decay, None, dt, D, start, erases)
     grad, grad_final, kept = _in_heads(grad), grad_final.contiguous(), kept.contiguous()
     pieces = -(-(heads // q.shape[2]) // native.kernels.HEADS)
     # The sums over the heads of a group, piece by piece.
@@ -126,11 +129,13 @@ class _Given:
         dt: Tensor | None,
         D: Tensor | None,
         start: Tensor | None,
+        erases: bool,
     ) -> None:
         (batch, length, groups, keys), (_, _, heads, values) = q.shape, v.shape
         self.state = (batch, heads, keys, values)
         channels = 0 if log_decay is None else keys if log_decay.ndim == 4 else 1
-        self.sizes = (batch, length, groups, heads, keys, values, channels, 1 if D is None or D.ndim == 1 else values)
+        skips = 1 if D is None or D.ndim == 1 else values
+        self.sizes = (batch, length, groups, heads, keys, values, channels, skips, erases, TILE, native.threads())
         log_decay, dt, start = (None if x is None else x.contiguous() for x in (log_decay, dt, start))
         self.rows = (_in_heads(q), _in_heads(k), _in_heads(v), log_decay, dt)
         self.parameters = (native.single(D), native.single(initial), start)
@@ -138,7 +143,7 @@ class _Given:
     def numbers(self) -> tuple[int, ...]:
         q, k, v, log_decay, dt = self.rows
         rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(log_decay), *_rows(dt))
-        return *self.sizes, TILE, native.threads(), *rows, *map(native.address, self.parameters)
+        return *self.sizes, *rows, *map(native.address, self.parameters)
 
 
 def register_kernel() -> None:
@@ -146,7 +151,7 @@ def register_kernel() -> None:
     tensors, around = "Tensor q, Tensor k, Tensor v, Tensor? log_decay", "Tensor? dt, Tensor? D, Tensor? start"
     register(
         "written_linear_attention",
-        f"{tensors}, Tensor? initial, {around}, bool keep -> (Tensor, Tensor, Tensor)",
+        f"{tensors}, Tensor? initial, {around}, bool erases, bool keep -> (Tensor, Tensor, Tensor)",
         forward={"cpu": linear_attention},
         fake=_fake,
         setup_context=_setup_context,
@@ -155,7 +160,8 @@ def register_kernel() -> None:
     )
     define(
         "written_linear_attention_backward",
-        f"Tensor grad, Tensor grad_final, {tensors}, {around}, Tensor kept -> ({', '.join(['Tensor'] * 7)})",
+        f"Tensor grad, Tensor grad_final, {tensors}, {around}, Tensor kept, bool erases"
+        f" -> ({', '.join(['Tensor'] * 7)})",
         {"cpu": linear_attention_backward},
         _fake_backward,
     )
@@ -184,14 +190,14 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, ctx.backend = inputs
+    *tensors, ctx.erases, _, ctx.backend = inputs
     ctx.initial = tensors.pop(4) is not None
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    gradients = torch.ops.longstate.written_linear_attention_backward(grad, grad_final, *saved, ctx.backend)
+    gradients = torch.ops.longstate.written_linear_attention_backward(grad, grad_final, *saved, ctx.erases, ctx.backend)
     _, _, _, log_decay, dt, D, *_ = saved
     there = (True, True, True, log_decay is not None, ctx.initial, dt is not None, D is not None)
-    return *(x if given else None for x, given in zip(gradients, there, strict=True)), None, None, None
+    return *(x if given else None for x, given in zip(gradients, there, strict=True)), None, None, None, None
