@@ -16,6 +16,10 @@ static inline int64_t filled(int64_t width) { return (width + W - 1) / W * W; }
 
 typedef std::vector<float> Room;
 
+// For a function that stays one: where the compiler puts all of a kernel into one function, it takes minutes to find
+// registers for it, at least with sanitizers.
+#define APART __attribute__((noinline))
+
 // What remains of what stood in a result, for each row by the number f at `at` + row * `step`: f > 0 stands for the factor
 // f, f <= 0 for 1 + f. A factor near 1 would lose its digits otherwise, and the same ones in chunk after chunk.
 struct Remains {
@@ -69,7 +73,7 @@ static inline void stripe(int64_t rows, int64_t depth, const float* a, int64_t a
 
 // to[m][n] = what remains of it + sum_k a[m][k] b[k][n]; the numbers of `a` lie at any distance, those of a row of `b`
 // and of `to` side by side. `width` is a number of whole vectors.
-static void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+APART static void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                      const float* b, int64_t b_row, float* to, int64_t to_row, Remains remains) {
     int64_t n = 0;
     for (; n + ACROSS * W <= width; n += ACROSS * W)
@@ -103,7 +107,7 @@ static inline void multiply_lower(int64_t rows, int64_t width, const float* a, c
 
 // to[n][m] = from[m][n]; rows and width are numbers of whole vectors. Each round of interleaving turns the bits of a
 // number's place (row, lane) by one.
-static inline void transpose(int64_t rows, int64_t width, const float* from, int64_t from_row, float* to,
+APART static void transpose(int64_t rows, int64_t width, const float* from, int64_t from_row, float* to,
                              int64_t to_row) {
     for (int64_t m = 0; m < rows; m += W)
         for (int64_t n = 0; n < width; n += W) {
@@ -127,7 +131,7 @@ static inline void transpose(int64_t rows, int64_t width, const float* from, int
 
 // The numbers [at, at + width) of `count` rows from step t on, as float32, with zeros for the rest of a chunk. The rows
 // `ahead` of them, which lie too far apart for the processor to guess, are sent for.
-static inline void gather(const Rows& x, int64_t b, int64_t t, int64_t count, int64_t at, int64_t width, float* to,
+APART static void gather(const Rows& x, int64_t b, int64_t t, int64_t count, int64_t at, int64_t width, float* to,
                           int64_t ahead = C) {
     const int64_t row = filled(width);
     for (int64_t c = 0; c < count; c++) {
@@ -138,7 +142,7 @@ static inline void gather(const Rows& x, int64_t b, int64_t t, int64_t count, in
     std::fill_n(to + count * row, (C - count) * row, 0.f);
 }
 
-static inline void scatter(const Rows& x, int64_t b, int64_t t, int64_t count, int64_t at, int64_t width,
+APART static void scatter(const Rows& x, int64_t b, int64_t t, int64_t count, int64_t at, int64_t width,
                            const float* from) {
     const int64_t row = filled(width);
     for (int64_t c = 0; c < count; c++)

@@ -15,7 +15,7 @@ struct Chunk {
     Room g;                           // e^g by channel
     Room q_into, k_into, k_out;       // [C n]: by channel, q_t into_t, k_t into_t and k_s out_s
     Room through, seen;               // [n] [C p]
-    Square scores, own, pairs;        // q_t D_ts k_s and k_t D_ts k_s for s <= t; work
+    Square scores, own;               // q_t D_ts k_s and k_t D_ts k_s for s <= t
     HeadDecays head;
     float dt[C];
 
@@ -25,7 +25,7 @@ struct Chunk {
           through(n), seen(x.erases ? C * p : 0) {}
 
     // Read decays, and compute the scores from q and k [C n] and, by head, their products without decay.
-    void begin(int64_t b, int64_t t, int64_t count, int64_t h, const float* q, const float* k, const float* qk,
+    APART void begin(int64_t b, int64_t t, int64_t count, int64_t h, const float* q, const float* k, const float* qk,
                const float* kk) {
         decays.read_steps(b, t, count, h, g.data());
         for (int64_t c = 0; c < C; c++) dt[c] = x.dt && c < count ? number_at(x.dt, b, t + c, h) : 1.f;
@@ -44,8 +44,9 @@ struct Chunk {
         }
     }
 
-    // From values, 0 after `count` steps, to what is written: dt_t times v_t or, if it erases, times the error e_t = v_t - (D_t S)^T k_t, which
-    // takes the place of v_t. `alive` steps come before the first start: later ones see nothing of S, be it NaN.
+    // From values, 0 after the last step, to what is written: dt_t times v_t or, if it erases, times what the state lacks
+    // at the key, which takes the place of v_t. `alive` steps come before the first start: later ones see nothing of S,
+    // be it NaN.
     void write(const float* S, const float* k, int64_t alive, float* v, float* written) {
         if (!x.erases) {
             std::copy_n(v, C * p, written);

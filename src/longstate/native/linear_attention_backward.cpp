@@ -18,6 +18,7 @@ struct Piece {
     const LinearAttentionBackward& g;
     const LinearAttention& x;
     const int64_t b, group, n, p, size;             // n, p: keys and values in whole vectors; size of a state
+    const int64_t steps;                            // of a tile, in whole chunks
     const bool by_channel;
     std::vector<Chunk> chunks;                      // of a head
     Room q, k, grad_q, grad_k;                      // [chunks C n]
@@ -31,14 +32,14 @@ struct Piece {
 
     Piece(const LinearAttentionBackward& g, int64_t b, int64_t group, int64_t heads)
         : g(g), x(g.forward), b(b), group(group), n(filled(x.keys)), p(filled(x.values)), size(x.keys * p),
-          by_channel(x.channels > 1), chunks(x.tile / C, Chunk(x)), q(x.tile * n), k(q), grad_q(q), grad_k(q), q_columns(q),
-          k_columns(q), qk(x.tile * C), kk(qk), grad_qk(qk), grad_kk(qk), states(chunks.size() * size),
-          adjoints(heads * size), sums_D(heads * p), v(x.tile * p), written(v), grad(C * p), grad_v(grad), erased(grad),
-          written_columns(grad), grad_columns(grad), erased_columns(grad), carried(n), columns(n * C), from_q(columns),
-          from_reader(columns), from_k(columns) {}
+          steps((std::min(x.tile, x.length) + C - 1) / C * C), by_channel(x.channels > 1), chunks(steps / C, Chunk(x)),
+          q(steps * n), k(q), grad_q(q), grad_k(q), q_columns(q), k_columns(q), qk(steps * C), kk(qk), grad_qk(qk),
+          grad_kk(qk), states(chunks.size() * size), adjoints(heads * size), sums_D(heads * p), v(steps * p), written(v),
+          grad(C * p), grad_v(grad), erased(grad), written_columns(grad), grad_columns(grad), erased_columns(grad),
+          carried(n), columns(n * C), from_q(columns), from_reader(columns), from_k(columns) {}
 
     // The shared part of the tile of steps [t, end).
-    void begin(int64_t t, int64_t end) {
+    APART void begin(int64_t t, int64_t end) {
         for (int64_t j = 0; t < end; t += C, j++) {
             const int64_t count = std::min<int64_t>(C, end - t), at = j * C * n;
             gather(x.q, b, t, count, group * x.keys, x.keys, &q[at]);
@@ -53,7 +54,7 @@ struct Piece {
     }
 
     // Write the gradients of q and k of the tile, summed over the heads.
-    void end(int64_t piece, int64_t t, int64_t end) {
+    APART void end(int64_t piece, int64_t t, int64_t end) {
         for (int64_t j = 0; t < end; t += C, j++) {
             const int64_t count = std::min<int64_t>(C, end - t), at = j * C * n;
             float *to_q = &grad_q[at], *to_k = &grad_k[at];
@@ -75,7 +76,7 @@ struct Piece {
     }
 
     // What a chunk of a head writes, and the state after it unless it is the tile's last.
-    void advance(int64_t h, int64_t t, int64_t j, int64_t count, bool last) {
+    APART void advance(int64_t h, int64_t t, int64_t j, int64_t count, bool last) {
         Chunk& chunk = chunks[j];
         const float* keys = &k[j * C * n];
         float *S = &states[j * size], *values = &v[j * C * p], *own = &written[j * C * p];
@@ -110,7 +111,7 @@ struct Piece {
 
     // From the gradient of what is written to that of dt e: a later step's e holds - own_ts of it. `erased` is, for each
     // step, the gradient of what its key found.
-    void restore(const Chunk& chunk, int64_t count) {
+    APART void restore(const Chunk& chunk, int64_t count) {
         std::fill(erased.begin(), erased.end(), 0.f);
         for (int64_t c = count - 1; c >= 0; c--)
             for (int64_t i = 0; i < p; i += W) {
@@ -125,7 +126,7 @@ struct Piece {
     }
 
     // From the gradient of what stands for v_t, times dt_t, to that of values, dt and D.
-    void around(int64_t h, int64_t t, int64_t j, int64_t count, float* sum_D) {
+    APART void around(int64_t h, int64_t t, int64_t j, int64_t count, float* sum_D) {
         const float* values = &v[j * C * p];
         for (int64_t c = 0; c < count && x.dt; c++) {
             write(g.grad_dt, b, t + c, h, all(product(values + c * p, &grad_v[c * p])), 1);
@@ -144,7 +145,7 @@ struct Piece {
         }
     }
 
-    void retreat_by_head(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
+    APART void retreat_by_head(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
         const float *S = &states[j * size], *queries = &q_columns[j * C * n], *keys = &k_columns[j * C * n];
         const HeadDecays& head = chunks[j].head;
         for (int i = 0; i < C * C; i += W) {
@@ -208,7 +209,7 @@ struct Piece {
         if (!g.grad_decay.row) *reinterpret_cast<float*>(g.grad_decay.address(b, t, h)) += whole;
     }
 
-    void retreat_by_channel(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
+    APART void retreat_by_channel(int64_t h, int64_t t, int64_t j, int64_t count, float* L) {
         const float* S = &states[j * size];
         Chunk& chunk = chunks[j];
         rows_of(S, grad_columns.data(), from_q.data());
@@ -229,7 +230,7 @@ struct Piece {
 
     // What is done for each key channel by itself: the gradients of W channels of q, k and the log decays of a chunk.
     template <bool ERASES>
-    void channels(int64_t h, int64_t t, int64_t j, int64_t count, int64_t i) {
+    APART void channels(int64_t h, int64_t t, int64_t j, int64_t count, int64_t i) {
         const float *a = &chunks[j].g[i], *queries = &q[j * C * n + i], *keys = &k[j * C * n + i];
         float *to_q = &grad_q[j * C * n + i], *to_k = &grad_k[j * C * n + i];
         const auto add = [](float* to, vf y) { store(to, load(to) + y); };

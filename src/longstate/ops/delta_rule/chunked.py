@@ -20,6 +20,7 @@ from ..._shapes import Tensor
 from ..linear_attention import _by_channel
 from ..linear_attention._span import SPAN as SPAN
 from ..linear_attention._span import Span, cut, spans
+from . import reference
 
 
 class _Parts(NamedTuple):
@@ -106,6 +107,9 @@ def delta_rule(
 
     The last are for the backward pass: none are returned unless asked to ``keep`` them.
     """
+    if v.shape[1] == 1:  # decoding is made of these: no calls but those of the recurrence
+        y, state = reference.delta_rule(q, k, v, beta, log_decay, initial, start)
+        return y, state, torch.stack([initial, state]) if keep else initial.new_empty(0)
     y, state, kept = torch.empty_like(v), initial, [initial]
     for at, span in spans(q, k, v, _by_step(beta, log_decay), start):
         parts = _Parts.of(span, beta[:, at])
