@@ -144,6 +144,10 @@ def test_what_the_kernel_does_not_take() -> None:
 def test_the_kernel_is_one_node(kind: str) -> None:
     given = {name: x.requires_grad_() for name, x in arguments(kind, (2, 5, 1, 2, 3, 4)).items()}
     start = torch.rand(2, 5) < 0.3
+    ordered = [given.get(name) for name in ("q", "k", "v", "log_decay", "initial", "beta")]
+    torch.library.opcheck(
+        torch.ops.longstate.written_linear_attention.default, (*ordered, None, start, True, True, "cpu")
+    )
 
     def function(**tensors: Any) -> Any:
         return ops.delta_rule(**tensors, start=start)
