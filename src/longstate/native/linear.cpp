@@ -8,7 +8,7 @@ namespace longstate::ISA {
 #define UNROLLED _Pragma("GCC unroll 16")
 
 constexpr int64_t SMALL = 1 << 16;  // bytes of W that are read sooner than other threads would begin
-constexpr int64_t AHEAD = 4096;     // bytes between what is read and what is asked for
+constexpr int64_t FAR = 16384, NEAR = 512;  // bytes ahead of what is read that are brought into the caches
 constexpr int64_t LINE = 64;        // bytes that memory gives at a time
 
 // Numbers that begin where a line of the cache does: a vector across two of them takes twice as long to load.
@@ -43,6 +43,11 @@ static inline vf take(const char* p, int64_t count = W) {
     return wide(x);
 }
 
+static inline void ask_for(const char* p) {
+    __builtin_prefetch(p + FAR, 0, 2);  // the second cache has room for so much, the first not
+    __builtin_prefetch(p + NEAR);
+}
+
 static inline void put(const Linear& g, int64_t row, int64_t o, float y) {
     y += g.bias ? number_at(g.bias, 0, 0, o) : 0.f;
     write(g.y, row / g.length, row % g.length, o, all(y), 1);
@@ -61,7 +66,7 @@ static void pass(const Linear& g, const Input& x, int64_t first) {
         int64_t i = begin;
         for (; i + together * W <= end; i += together * W) {
             UNROLLED for (int r = 0; r < R; r++) {
-                __builtin_prefetch(w[r] + i * size + AHEAD);
+                ask_for(w[r] + i * size);
                 UNROLLED for (int j = 0; j < together; j++) {
                     const vf v = take<V>(w[r] + (i + j * W) * size);
                     UNROLLED for (int m = 0; m < M; m++) part[r][m] += v * load(x.at(m, i + j * W));
@@ -168,7 +173,7 @@ VNNI static void pass_whole(const Linear& g, const Digits& d, int64_t first) {
     for (int64_t i = 0; i < g.in; i += LINE) {
         const __mmask64 there = g.in - i >= LINE ? ~__mmask64(0) : (__mmask64(1) << (g.in - i)) - 1;
         UNROLLED for (int r = 0; r < R; r++) {
-            __builtin_prefetch(w[r] + i + AHEAD);
+            ask_for(w[r] + i);
             const __m512i v = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w[r] + i), offset);
             UNROLLED for (int m = 0; m < M; m++)
                 UNROLLED for (int k = 0; k < DIGITS; k++) {
