@@ -90,6 +90,6 @@ def _nbytes(module: nn.Module) -> int:
         (weight.numel() - weight.numel() // len(weight) * m.top_k) * weight.element_size()
         for m in module.modules()
         if isinstance(m, Experts)
-        for weight in (m.fc1, m.fc2)
+        for weight in m.parameters(recurse=False)
     )
     return sum(p.numel() * p.element_size() for p in module.parameters()) - idle

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from .._errors import check_choice
 from .._shapes import Float, Int, Tensor
 from ..mixers._parts import Linear
 from ..mixers.mamba import StepProjection
+from ..models.experts import Experts
 from ..ops import linear
 from ..ops.linear.chunked import CHUNK, widened
 
@@ -72,14 +74,44 @@ class QuantizedEmbedding(nn.Module):
         return widened(self.quantized[tokens], self.scale[tokens], self.scale.dtype)
 
 
+class QuantizedExperts(Experts):
+    """Routed experts whose matrices are int8, each with scales as in ``QuantizedLinear``."""
+
+    @classmethod
+    def replace(cls, experts: Experts, group: int | None) -> None:
+        """Make such experts of others, in place."""
+        for name in ("fc1", "fc2"):
+            weight = getattr(experts, name)
+            quantized, scale = _rounded(weight.flatten(0, 1), group)
+            delattr(experts, name)
+            setattr(experts, f"{name}_quantized", nn.Parameter(quantized.view_as(weight), False))
+            setattr(experts, f"{name}_scale", nn.Parameter(scale.unflatten(0, weight.shape[:2]), False))
+        experts.__class__ = cls
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"{name}_quantized"), getattr(self, f"{name}_scale")
+
+    def __getattr__(self, name: str) -> Any:
+        """What the matrices stand for, in the type of the scales; made anew each time."""
+        if name not in ("fc1", "fc2"):
+            return super().__getattr__(name)
+        quantized, scale = self._matrices(name)
+        return widened(quantized, scale, scale.dtype)
+
+    def _products(self) -> tuple[Callable[[int, Tensor], Tensor], ...]:
+        """Return the products with the two matrices of an expert."""
+        (fc1, scale1), (fc2, scale2) = self._matrices("fc1"), self._matrices("fc2")
+        return lambda e, x: linear(x, fc1[e], None, scale1[e]), lambda e, x: linear(x, fc2[e], None, scale2[e])
+
+
 def quantize(model: AnyModule, kind: str = "int8", group: int | None = None) -> AnyModule:
     """Replace the weights of a model's linear layers by int8 numbers with scales, in place.
 
         W_oi ≈ scale_og q_oi,    scale_og = max_{i in g} |W_oi| / 127,    q = round(W / scale)
 
-    so that no weight changes by more than half a scale. Activations, norms, convolutions, biases, A, D, routers
-    and routed experts keep their types. A head that is the embedding stays so: both read the
-    same int8 rows. The weights are not trained any more, but gradients pass through the layers.
+    so that no weight changes by more than half a scale. So are routed experts. Activations, norms, convolutions,
+    biases, A, D and routers keep their types. A head that is the embedding stays so: both read the same int8 rows. The
+    weights are not trained any more, but gradients pass through the layers.
 
     Args:
         model: A ``LanguageModel`` or any other module, in eval mode.
@@ -104,34 +136,36 @@ def quantize(model: AnyModule, kind: str = "int8", group: int | None = None) -> 
         raise ValueError(
             "quantize: the model is in training mode, and int8 weights are not trained. Call eval() first."
         )
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear | QuantizedExperts) for module in model.modules()):
         raise ValueError("quantize: the model is quantised already. Take the original one.")
     places: dict[int, list[str]] = {}  # the layers of each weight: what is shared stays so
     for name, module in model.named_modules(remove_duplicate=False):
         if name and type(module) in (*_LINEAR, nn.Embedding):
             places.setdefault(id(module.weight), []).append(name)
     shared = [names for names in places.values() if any(type(model.get_submodule(x)) in _LINEAR for x in names)]
-    if not shared:
+    experts = {name: module for name, module in model.named_modules() if type(module) is Experts}
+    if not shared and not experts:
         raise ValueError(f"quantize: {type(model).__name__} holds no linear layer. Give a model that does.")
     for name, *_ in shared:
         _check(name, model.get_parameter(f"{name}.weight"), group)
+    for name, module in experts.items():
+        _check(name, module.fc1, group)
+        _check(name, module.fc2, group)
     for names in shared:
-        quantized, scale = (nn.Parameter(x, False) for x in _rounded(model.get_parameter(f"{names[0]}.weight"), group))
+        weights = [nn.Parameter(x, False) for x in _rounded(model.get_parameter(f"{names[0]}.weight"), group)]
         for name in names:
             owner, _, leaf = name.rpartition(".")
             old = model.get_submodule(name)
-            new = (
-                QuantizedLinear(old, quantized, scale)
-                if isinstance(old, nn.Linear)
-                else QuantizedEmbedding(quantized, scale)
-            )
+            new = QuantizedLinear(old, *weights) if isinstance(old, nn.Linear) else QuantizedEmbedding(*weights)
             setattr(model.get_submodule(owner), leaf, new.eval())
+    for module in experts.values():
+        QuantizedExperts.replace(module, group)
     return model
 
 
 def _check(name: str, weight: Tensor, group: int | None) -> None:
     """Check that a layer can be quantised."""
-    inputs = weight.shape[1]
+    inputs = weight.shape[-1]
     if group is not None and inputs > group and inputs % group:
         raise ValueError(
             f"quantize(group={group}): {name} has {inputs} inputs, which do not divide into groups of {group}. "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,8 +174,8 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.router.out_features).tolist()
         pieces = x[order // self.top_k].split(counts)
-        fc1, fc2 = self.fc1, self.fc2  # asked for once: an adapter may compute them
-        y = [self._expert(piece, fc1[e], fc2[e]) for e, piece in enumerate(pieces) if len(piece)]
+        first, second = self._products()
+        y = [self._expert(piece, partial(first, e), partial(second, e)) for e, piece in enumerate(pieces) if len(piece)]
         if not y:
             return torch.zeros_like(x)
         y = torch.cat(y)[order.argsort()].unflatten(0, (-1, self.top_k))
@@ -182,18 +184,18 @@ class Experts(nn.Module):
     def _dense(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
         """Run all experts on all steps, most of them with weight 0."""
         every = x.new_zeros(len(x), self.router.out_features).scatter(1, chosen, weight)
-        y = self._expert(x, self.fc1, self.fc2)
+        y = self._expert(x, lambda x: x @ self.fc1.mT, lambda x: x @ self.fc2.mT)
         return torch.einsum("esd,se->sd", y, every)
 
-    def _expert(self, x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    def _products(self) -> tuple[Callable[[int, Tensor], Tensor], ...]:
+        """Return the products with the two matrices of an expert."""
+        fc1, fc2 = self.fc1, self.fc2  # asked for once: an adapter may compute them
+        return lambda e, x: linear(x, fc1[e]), lambda e, x: linear(x, fc2[e])
+
+    def _expert(self, x: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply one expert, or all of them."""
-        h, act = _product(x, fc1), ACTIVATIONS[self.activation]
+        h, act = first(x), ACTIVATIONS[self.activation]
         if self.gated:
             u, gate = h.chunk(2, -1)
-            return _product(u * act(gate), fc2)
-        return _product(act(h), fc2)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply with the matrix of one expert, or with those of all."""
-    return linear(x, weight) if weight.ndim == 2 else x @ weight.mT
+            return second(u * act(gate))
+        return second(act(h))
