@@ -127,16 +127,19 @@ static void convolve_rows(const ShortConvolution& x, const ConvolutionTaps& w, c
 }
 
 // f with the number of taps and steps, if as many as usual, and the type of the inputs as constants.
-#define FOR_ROWS(f, narrow, seen, ...)                                                \
-    switch (seen.run == 1 ? bool(narrow) : 2 * seen.taps + bool(narrow)) {            \
-        case 0: f<0, 1, false>(__VA_ARGS__); break;                                   \
-        case 1: f<0, 1, true>(__VA_ARGS__); break;                                    \
-        case 4: f<2, RUN, false>(__VA_ARGS__); break;                                 \
-        case 5: f<2, RUN, true>(__VA_ARGS__); break;                                  \
-        case 6: f<3, RUN, false>(__VA_ARGS__); break;                                 \
-        case 7: f<3, RUN, true>(__VA_ARGS__); break;                                  \
-        case 8: f<4, RUN, false>(__VA_ARGS__); break;                                 \
-        default: f<4, RUN, true>(__VA_ARGS__);                                        \
+#define FOR_ROWS(f, narrow, seen, ...)                                                           \
+    switch ((seen.run == 1 ? 0 : 100) + 10 * std::min<int64_t>(seen.taps, 5) + bool(narrow)) {   \
+        case 30: f<3, 1, false>(__VA_ARGS__); break;                                             \
+        case 31: f<3, 1, true>(__VA_ARGS__); break;                                              \
+        case 40: f<4, 1, false>(__VA_ARGS__); break;                                             \
+        case 41: f<4, 1, true>(__VA_ARGS__); break;                                              \
+        case 120: f<2, RUN, false>(__VA_ARGS__); break;                                          \
+        case 121: f<2, RUN, true>(__VA_ARGS__); break;                                           \
+        case 130: f<3, RUN, false>(__VA_ARGS__); break;                                          \
+        case 131: f<3, RUN, true>(__VA_ARGS__); break;                                           \
+        case 140: f<4, RUN, false>(__VA_ARGS__); break;                                          \
+        case 141: f<4, RUN, true>(__VA_ARGS__); break;                                           \
+        default: (narrow) ? f<0, 1, true>(__VA_ARGS__) : f<0, 1, false>(__VA_ARGS__);            \
     }
 
 void short_convolution(const ShortConvolution& x) {
