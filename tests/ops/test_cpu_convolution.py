@@ -153,6 +153,19 @@ def test_what_is_no_number_reaches_only_who_sees_it(instructions: str) -> None:
         assert all(x.isfinite().all() for x in found.values())
 
 
+@pytest.mark.parametrize("marks", ["", "start valid"])
+def test_gradients_of_gradients_are_those_of_the_reference(marks: str) -> None:
+    given, options = arguments(2, 7, 3, 3), flags(marks, 2, 7)
+    found = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference")):
+        leaves = [x.to(dtype).requires_grad_() for x in given.values()]
+        y, final = ops.convolution.short(*leaves, activation="silu", backend=backend, **options)
+        once = torch.autograd.grad((y * y).sum() + final.sin().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum((x * x).sum() for x in once), leaves))
+    for x, wanted in zip(*found, strict=True):
+        assert (x - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_large_pre_activations(instructions: str) -> None:
     """SiLU's slope is 0 and 1 there, and their product with the gradient no accident of inf · 0."""
     x = torch.tensor([-1e30, -1e4, -90.0, 90.0, 1e4, 1e30, float("inf")])[None, :, None].requires_grad_()

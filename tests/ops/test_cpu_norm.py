@@ -171,6 +171,19 @@ def test_poisoned_memory_and_threads(kind: str) -> None:
         assert all(torch.equal(x, others[name]) for name, x in found[0].items())
 
 
+@pytest.mark.parametrize("kind", ["weight", "gate first, offset", "norm first"])
+def test_gradients_of_gradients_are_those_of_the_reference(kind: str) -> None:
+    given, options = case(kind, (2, 7, 12), 2)
+    found = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference")):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
+        y = ops.rms_norm(**leaves, **options, backend=backend)
+        once = torch.autograd.grad((y * y).sum(), list(leaves.values()), create_graph=True)
+        found.append(torch.autograd.grad(sum((x * x).sum() for x in once), list(leaves.values())))
+    for x, wanted in zip(*found, strict=True):
+        assert (x - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_what_is_no_number_stays_in_its_group(instructions: str) -> None:
     x = torch.randn(2, 4, 34)
     x[0, 1, 3], x[1, 2, 20] = float("nan"), float("inf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,21 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def differentiated(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may follow, for which an op then keeps what it needs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def twice(
+    portable: Callable[[], Any], given: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return gradients of ``given`` that can be differentiated themselves, as those of a kernel cannot.
+
+    Args:
+        portable: Computes what the kernel does by operations of torch's.
+        given: What it computes from.
+        grads: Gradients of its results.
+    """
+    wanted = [x for x in given if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(portable(), wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in given)
 
 
 def real_of(dtype: torch.dtype) -> torch.dtype:

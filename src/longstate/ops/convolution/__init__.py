@@ -184,5 +184,19 @@ def _register(op: str, forward: Any, backward: Any) -> None:
 _register("short_convolution", chunked.short, chunked.short_backward)
 _register("long_convolution", chunked.long, chunked.long_backward)
 
+
+def _by_reference(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    start: Tensor | None,
+    valid: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    activation = "silu" if silu else None
+    return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, "reference")
+
+
 if native.kernels is not None:
-    cpu.register_kernel()
+    cpu.register_kernel(_by_reference)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ... import native
 from ..._shapes import Tensor
-from .._register import define, register
+from .._register import define, register, twice
 
 
 def refusal(u: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -104,8 +105,23 @@ def _given(
     return [u, weight, bias, initial, start, valid], numbers
 
 
-def register_kernel() -> None:
-    """Register the op of the kernel, which computes ``short_convolution`` and what stands around it."""
+def register_kernel(portable: Callable[..., Any]) -> None:
+    """Register the op of the kernel, which computes ``short_convolution`` and what stands around it.
+
+    Args:
+        portable: The same by operations of torch's, for gradients that are to be differentiated.
+    """
+
+    def backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        given, nothing = ctx.saved_tensors, (None, None)
+        if torch.is_grad_enabled():
+            return (*twice(lambda: portable(*given, ctx.silu), given, (grad, grad_final)), *nothing)
+        gradients = torch.ops.longstate.activated_short_convolution_backward(
+            grad, grad_final, *given, ctx.silu, ctx.backend
+        )
+        found = (None if x is None else g for x, g in zip(given[:4], gradients, strict=True))
+        return (*found, None, None, *nothing)
+
     schema = "Tensor u, Tensor weight, Tensor? bias, Tensor? initial, Tensor? start, Tensor? valid, bool silu"
     register(
         "activated_short_convolution",
@@ -113,7 +129,7 @@ def register_kernel() -> None:
         forward={"cpu": short},
         fake=_fake,
         setup_context=_setup_context,
-        backward=_backward,
+        backward=backward,
         computes="short_convolution",
     )
     define(
@@ -137,11 +153,3 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.silu, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.saved_tensors
-    gradients = torch.ops.longstate.activated_short_convolution_backward(
-        grad, grad_final, *given, ctx.silu, ctx.backend
-    )
-    return (*(None if x is None else g for x, g in zip(given, gradients, strict=False)), None, None, None, None)

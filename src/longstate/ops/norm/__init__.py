@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..._shapes import Float, Tensor
-from .._register import call, choose, define, expect, register, with_kernel
+from .._register import call, choose, define, expect, register, twice, with_kernel
 from . import cpu, reference
 
 
@@ -77,8 +77,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
+    rest = (None for _ in ctx.options)
+    if torch.is_grad_enabled():
+        return (*twice(lambda: reference.rms_norm(*given, *ctx.options[:-1]), given, (grad,)), *rest)
     gradients = torch.ops.longstate.rms_norm_backward(grad, *given, *ctx.options)
-    return (*(None if x is None else g for x, g in zip(given, gradients, strict=True)), *(None for _ in ctx.options))
+    return (*(None if x is None else g for x, g in zip(given, gradients, strict=True)), *rest)
 
 
 _SCHEMA = "Tensor x, Tensor? weight, Tensor? gate, float eps, int groups, float offset, bool norm_before_gate"
