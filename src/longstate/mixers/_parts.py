@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook as _global_hooks
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import convolution, linear, rms_norm
-from ..ops._mamba_step import Product
+from ..ops._program import Product
 from ..timeline import Timeline
 from ._base import mark
 
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 def product_of(module: nn.Module | None) -> Product | None:
     """Return what a layer multiplies with, if that is all that calling it does: it may be an adapter, or have hooks."""
-    if module is None or "is_product" not in vars(type(module)) or _hooked(module):
+    if module is None or "is_product" not in vars(type(module)) or looked_at(module):
         return None
     own = vars(module)["_parameters"] | vars(module)["_buffers"]
     return Product(own.get("quantized", own.get("weight")), own.get("bias"), own.get("scale"))
@@ -37,15 +37,16 @@ def product_of(module: nn.Module | None) -> Product | None:
 
 def taps_of(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
     """Return weight and bias of a short convolution with SiLU, if that is all that calling it does."""
-    if type(module) is not ShortConvolution or _hooked(module) or module.activation != "silu":
+    if type(module) is not ShortConvolution or looked_at(module) or module.activation != "silu":
         return None
     own = module._parameters
     weight, bias = own["weight"], own.get("bias")
     return None if weight is None else (weight.squeeze(1), bias)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or _global_hooks())
+def looked_at(module: nn.Module) -> bool:
+    """Return whether calling a module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or _global_hooks())
 
 
 class RMSNorm(nn.Module):

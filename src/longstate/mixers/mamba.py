@@ -11,10 +11,10 @@ from torch import nn
 from .._errors import check_choice
 from .._shapes import Float, Tensor
 from ..ops import linear, selective_scan
-from ..ops._mamba_step import Weights, mamba_step, takes
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, product_of, softplus_inverse, taps_of
+from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._step import Carried, Place, Step
 
 
 class MambaState(NamedTuple):
@@ -22,9 +22,6 @@ class MambaState(NamedTuple):
 
     conv: Float[Tensor, "b window d"]
     ssm: Float[Tensor, "b d n"]
-
-
-_PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 class StepProjection(Linear):
@@ -132,10 +129,6 @@ class Mamba(Mixer):
     ) -> tuple[Float[Tensor, "b t d"], MambaState]:
         """Return outputs and the state after the last step."""
         x, timeline = self._enter(x, timeline)
-        weights = self._step_weights(x, state, timeline)
-        if weights is not None and state is not None and takes(x, weights, *state):
-            y, *after = mamba_step(x, weights, *state)
-            return y, MambaState(*after)
         u, z = self.in_proj(x).chunk(2, -1)
         u, window = self.conv1d(u, None if state is None else state.conv, timeline)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
@@ -157,15 +150,19 @@ class Mamba(Mixer):
         y = self.out_proj(y)
         return zero_where_invalid(y, timeline.valid), MambaState(window, ssm)
 
-    def _step_weights(self, x: Tensor, state: MambaState | None, timeline: Timeline) -> Weights | None:
-        """Return what one token meets, if nothing else stands between its input and its output."""
-        if torch.compiler.is_compiling() or state is None or x.shape[1] != 1 or self.inner_norm:
-            return None
-        if timeline.dt is not None or timeline.start is not None or timeline.valid is not None:
-            return None
-        modules = self._modules  # looking up each by name as an attribute would take longer than a kernel
-        in_proj, x_proj, dt_proj, out_proj = (product_of(modules[name]) for name in _PRODUCTS)
-        filtered = taps_of(modules["conv1d"])
-        if in_proj is None or x_proj is None or dt_proj is None or out_proj is None or filtered is None:
-            return None
-        return Weights(in_proj, *filtered, x_proj, dt_proj, self.A_log, self.D, out_proj)
+    def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
+        """Write down what ``forward`` does with one token."""
+        xz = step.project(self, "in_proj", x)
+        u = step.convolve(self, "conv1d", xz.part(0, self.d_inner), conv)
+        low = step.project(self, "x_proj", u)
+        dt, B, C = (
+            step.norm(self, name, low.part(first, width))
+            for name, first, width in (
+                ("dt_norm", 0, self.dt_rank),
+                ("B_norm", self.dt_rank, self.d_state),
+                ("C_norm", self.dt_rank + self.d_state, self.d_state),
+            )
+        )
+        dt = step.project(self, "dt_proj", dt, torch.float32)
+        y = step.selective_scan(u, dt, self.A_log, B, C, self.D, xz.part(self.d_inner, self.d_inner), ssm)
+        return step.project(self, "out_proj", y)

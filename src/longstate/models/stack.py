@@ -17,6 +17,7 @@ from .._shapes import Float, Tensor
 from ..mixers import MIXERS, Mixer
 from ..mixers._parts import RMSNorm
 from ..timeline import Timeline
+from ._one_token import one_token
 from .channels import MLP, GatedMLP
 from .experts import Experts
 
@@ -54,6 +55,8 @@ class Block(nn.Module):
         """Return the residual stream and the mixer's state."""
         if self.mixer is None or self.norm is None:
             state = ()
+        elif (taken := one_token(self, residual, state, timeline)) is not None:
+            residual, state = taken
         else:
             y, state = self.mixer(self.norm(residual), state, timeline)
             residual = torch.add(residual, y, alpha=self.residual_multiplier)

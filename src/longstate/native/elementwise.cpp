@@ -1,4 +1,4 @@
-// The elementary functions by themselves, so that their accuracy can be tested.
+// The elementary functions by themselves, so that their accuracy can be tested; and what a block adds to its input.
 #include "isa.h"
 
 namespace longstate::ISA {
@@ -17,6 +17,13 @@ void elementwise(const Elementwise& x) {
         }
         store_some(x.y + i, v, count);
     }
+}
+
+void add(const Add& x) {
+    for (int64_t b = 0; b < x.batch; b++)
+        for_vectors(x.width, [&](int64_t i, int some) {
+            write(x.y, b, 0, i, read(x.x, b, 0, i, some) + all(float(x.factor)) * read(x.z, b, 0, i, some), some);
+        });
 }
 
 }  // namespace longstate::ISA

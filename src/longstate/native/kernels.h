@@ -46,9 +46,9 @@ struct ReadMemory {
 struct SelectiveScan {
     int64_t batch, length, width, states, tile, softplus, log_A, threads;  // tile: steps between kept states
     Rows u, dt, gate, B, C;                                               // [b t d] three times, [b t n] twice
-    const float *A, *D, *bias, *initial;  // [d n] (or log(-A), if log_A), [d], [d], [b d n]
-    const float* elapsed;                 // [b t]
-    const uint8_t* start;                 // [b t]
+    Rows A, D, bias;                // [1 d n] (or log(-A), if log_A), [1 1 d] twice
+    const float *initial, *elapsed; // [b d n] [b t]
+    const uint8_t* start;           // [b t]
     Rows y;                               // [b t d]
     float *final, *kept;  // [b d n]; [tiles b d n], the state before each tile, null if not wanted
 };
@@ -137,13 +137,11 @@ struct RMSNormBackward {
     Rows grad_x, grad_weight, grad_gate;  // as what they are gradients of
 };
 
-// A Mamba mixer for a few tokens, from its input to its output: each kernel reads what those before it wrote.
-struct MambaStep {
-    Linear in_proj;
-    ShortConvolution conv;
-    Linear x_proj, dt_proj;
-    SelectiveScan scan;
-    Linear out_proj;
+// y = x + factor z
+struct Add {
+    int64_t batch, width;
+    double factor;
+    Rows x, z, y;  // [b 1 d]
 };
 
 // S_t = diag(e^(g_t)) S_(t-1) + k_t (dt_t v_t)^T,  y_t = S_t^T q_t + D v_t; heads h share groups g of queries and keys.
@@ -178,11 +176,11 @@ constexpr int64_t PIECE = 256;      // channels whose sums are formed together, 
 
 // Every kernel: its name and what it takes. Declared, tabled and bound from this list.
 #define LONGSTATE_KERNELS(KERNEL)                                \
+    KERNEL(add, Add)                                             \
     KERNEL(elementwise, Elementwise)                             \
     KERNEL(linear, Linear)                                       \
     KERNEL(linear_attention, LinearAttention)                    \
     KERNEL(linear_attention_backward, LinearAttentionBackward)   \
-    KERNEL(mamba_step, MambaStep)                                \
     KERNEL(read_memory, ReadMemory)                              \
     KERNEL(selective_scan, SelectiveScan)                        \
     KERNEL(selective_scan_backward, SelectiveScanBackward)       \

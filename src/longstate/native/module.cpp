@@ -4,8 +4,10 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -14,29 +16,82 @@ using namespace longstate;
 
 static const Kernels* kernels = choose_kernels("");
 
+static void check_count(const char* name, size_t came, size_t wanted) {
+    if (came == wanted) return;
+    PyErr_Format(PyExc_TypeError, "%s: %zu numbers came, wanted %zu", name, came, wanted);
+    throw nb::python_error();
+}
+
+static int64_t word(PyObject* x) {
+    int64_t word;
+    if (PyFloat_Check(x)) {
+        const double value = PyFloat_AS_DOUBLE(x);
+        std::memcpy(&word, &value, 8);
+    } else {
+        word = PyLong_AsLongLong(x);
+        if (word == -1 && PyErr_Occurred()) throw nb::python_error();
+    }
+    return word;
+}
+
 template <class Arguments>
-static Arguments read(const char* name, const nb::args& given) {
+static void call(const int64_t* words, void (*kernel)(const Arguments&)) {
     static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) % 8 == 0);
-    constexpr size_t count = sizeof(Arguments) / 8;
-    if (given.size() != count) {
-        PyErr_Format(PyExc_TypeError, "%s: %zu numbers came, wanted %zu", name, given.size(), count);
-        throw nb::python_error();
-    }
-    int64_t words[count];
-    for (size_t i = 0; i < count; i++) {
-        PyObject* x = PyTuple_GET_ITEM(given.ptr(), i);
-        if (PyFloat_Check(x)) {
-            const double value = PyFloat_AS_DOUBLE(x);
-            std::memcpy(&words[i], &value, 8);
-        } else {
-            words[i] = PyLong_AsLongLong(x);
-            if (words[i] == -1 && PyErr_Occurred()) throw nb::python_error();
-        }
-    }
     Arguments arguments;
     std::memcpy(static_cast<void*>(&arguments), words, sizeof arguments);
-    return arguments;
+    kernel(arguments);
 }
+
+// Kernels to run one after the other in a single call. What stays the same is given once. For what does not, a number is
+// a pair (i, k): k bytes behind the i-th address that a run is given, or, if i is 0, behind room that the run itself has.
+class Program {
+    struct Later {
+        size_t word, address;
+    };
+    size_t room;
+    std::vector<void (*)(const int64_t*)> calls;
+    std::vector<size_t> begins;  // of each call's words, and their end
+    std::vector<int64_t> words;
+    std::vector<Later> later;
+
+    template <class Arguments>
+    void append(const char* name, const nb::args& given, void (*run)(const int64_t*)) {
+        check_count(name, given.size(), sizeof(Arguments) / 8);
+        for (size_t i = 0; i < given.size(); i++) {
+            PyObject* x = PyTuple_GET_ITEM(given.ptr(), i);
+            const bool pair = PyTuple_Check(x) && PyTuple_GET_SIZE(x) == 2;
+            if (pair) later.push_back({words.size(), size_t(word(PyTuple_GET_ITEM(x, 0)))});
+            words.push_back(word(pair ? PyTuple_GET_ITEM(x, 1) : x));
+        }
+        calls.push_back(run);
+        begins.push_back(words.size());
+    }
+
+public:
+    explicit Program(size_t bytes) : room(bytes), begins{0} {}
+
+    void add(const char* name, const nb::args& given) {
+#define ADD(kernel, Arguments)               \
+    if (!std::strcmp(name, #kernel))         \
+        return append<Arguments>(name, given, [](const int64_t* words) { call(words, kernels->kernel); });
+        LONGSTATE_KERNELS(ADD)
+#undef ADD
+        PyErr_Format(PyExc_ValueError, "there is no kernel %s", name);
+        throw nb::python_error();
+    }
+
+    void run(const nb::args& given) const {
+        std::vector<char> own(room + 64);
+        std::vector<int64_t> now(words), addresses{int64_t(reinterpret_cast<uintptr_t>(own.data()) + 63) / 64 * 64};
+        for (size_t i = 0; i < given.size(); i++) addresses.push_back(word(PyTuple_GET_ITEM(given.ptr(), i)));
+        for (const Later& x : later) {
+            check_count("run", given.size(), std::max(given.size(), x.address));
+            now[x.word] += addresses[x.address];
+        }
+        nb::gil_scoped_release unlocked;
+        for (size_t i = 0; i < calls.size(); i++) calls[i](now.data() + begins[i]);
+    }
+};
 
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
@@ -57,12 +112,16 @@ NB_MODULE(_native, m) {
         if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
     });
-#define BINDING(name, Arguments)                              \
-    m.def(#name, [](const nb::args& given) {                  \
-        const Arguments arguments = read<Arguments>(#name, given); \
-        nb::gil_scoped_release unlocked;                      \
-        kernels->name(arguments);                             \
+#define BINDING(name, Arguments)                                            \
+    m.def(#name, [](const nb::args& given) {                                \
+        constexpr size_t count = sizeof(Arguments) / 8;                     \
+        check_count(#name, given.size(), count);                            \
+        int64_t words[count];                                               \
+        for (size_t i = 0; i < count; i++) words[i] = word(PyTuple_GET_ITEM(given.ptr(), i)); \
+        nb::gil_scoped_release unlocked;                                    \
+        call(words, kernels->name);                                         \
     });
     LONGSTATE_KERNELS(BINDING)
 #undef BINDING
+    nb::class_<Program>(m, "Program").def(nb::init<size_t>()).def("add", &Program::add).def("run", &Program::run);
 }

@@ -94,7 +94,7 @@ static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
         for (int64_t n = 0; n < N; n += W) {
             const int some = int(std::min<int64_t>(W, N - n));
             const int64_t v = (d - p.first) / W, lane = (d - p.first) % W;
-            const vf a = rate(x, load_some(x.A + d * N + n, some));
+            const vf a = rate(x, read(x.A, 0, d, n, some));
             vf h = load_some(x.initial + (b * x.width + d) * N + n, some);
             for (int64_t t = 0; t < T; t++) {
                 if (starts(x, b, t)) h = vf{};

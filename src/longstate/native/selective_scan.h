@@ -90,8 +90,8 @@ static inline float elapsed(const SelectiveScan& x, int64_t b, int64_t t) { retu
 
 static inline bool starts(const SelectiveScan& x, int64_t b, int64_t t) { return x.start && x.start[b * x.length + t]; }
 
-static inline vf of_channels(const float* from, const Tile& p, int64_t v) {
-    return from ? load_some(from + p.channel(v), p.count(v)) : vf{};
+static inline vf of_channels(const Rows& from, const Tile& p, int64_t v) {
+    return from ? read(from, 0, 0, p.channel(v), p.count(v)) : vf{};
 }
 
 // dt + bias, from which the step is computed.
@@ -137,8 +137,12 @@ static void store_states(const SelectiveScan& x, const Tile& p, Columns from, fl
 }
 
 static void load_rates(const SelectiveScan& x, const Tile& p, Columns a) {
-    load_states(x, {0, 0, 0, p.first, p.last}, x.A, a);
-    for (int64_t n = 0; n < p.vectors() * x.states; n++) a.set(n, rate(x, a[n]));
+    for (int64_t v = 0; v < p.vectors(); v++)
+        for (int64_t n = 0; n < x.states; n++) {
+            vf A{};
+            for (int i = 0; i < p.count(v); i++) A[i] = number_at(x.A, 0, p.channel(v) + i, n);
+            a.set(v * x.states + n, rate(x, A));
+        }
 }
 
 }  // namespace longstate::ISA

@@ -73,6 +73,12 @@ def _rows_of(x: Tensor) -> tuple[int, int, int, bool]:
     return x.data_ptr(), shape[-2] * width if len(shape) > 1 else width, width, x.dtype is torch.bfloat16
 
 
+def rounds(weight: Tensor | None, gated_after: bool, offset: float) -> bool:
+    """Return whether what was normed is rounded before the weight meets it, as published models of a narrow type have
+    it."""
+    return weight is not None and weight.dtype == torch.bfloat16 and not gated_after and not offset
+
+
 def _given(
     x: Tensor,
     weight: Tensor | None,
@@ -86,8 +92,6 @@ def _given(
     x = _in_rows(x)
     weight = None if weight is None else weight.contiguous()
     gate = None if gate is None else _in_rows(gate)
-    gated_after = gate is not None and norm_before_gate
-    # A norm alone is rounded before the weight of a narrow type meets it, as published models have it.
-    rounds = weight is not None and weight.dtype == torch.bfloat16 and not gated_after and not offset
-    sizes = [*x.shape, groups, not norm_before_gate, rounds, native.threads(), float(eps), float(offset)]
+    rounded = rounds(weight, gate is not None and norm_before_gate, offset)
+    sizes = [*x.shape, groups, not norm_before_gate, rounded, native.threads(), float(eps), float(offset)]
     return [x, weight, gate], [*sizes, *native.rows(x), *native.vector(weight), *native.rows(gate)]

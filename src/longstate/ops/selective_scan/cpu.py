@@ -139,14 +139,18 @@ class _Given:
     ) -> None:
         self.sizes = (*u.shape, A.shape[1], TILE)
         self.rows = [None if x is None else native.in_rows(x) for x in (u, dt, gate, B, C)]
-        self.parameters = [native.single(x) for x in (A, D, dt_bias, initial, elapsed)]
+        self.A = native.in_rows(A)
+        self.vectors = [None if x is None else x.contiguous() for x in (D, dt_bias)]
+        self.singles = [native.single(x) for x in (initial, elapsed)]
         self.start = None if start is None else start.contiguous()
 
     def numbers(self, dt_softplus: bool, log_A: bool) -> list[int]:
         return [
             *(*self.sizes, dt_softplus, log_A, native.threads()),
             *(number for x in self.rows for number in native.rows(x)),
-            *map(native.address, (*self.parameters, self.start)),
+            *native.matrix(self.A),
+            *(number for x in self.vectors for number in native.vector(x)),
+            *map(native.address, (*self.singles, self.start)),
         ]
 
 
