@@ -23,93 +23,107 @@ from ._parts import RMSNorm, looked_at, product_of, taps_of
 
 Value = TypeVar("Value")
 
-_ASKED = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 _NORM = ("eps", "groups", "offset", "norm_before_gate")
+_GEOMETRY = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 
 
-def _fit(value: Value | None) -> Value:
+def fit(value: Value | None) -> Value:
+    """Return what is there.
+
+    Raises:
+        Unfit: If it is not.
+    """
     if value is None:
         raise _program.Unfit
     return value
 
 
-class Step(_program.Program):
-    """A program, and what it was made from: by it one knows whether the program still holds."""
+class Watch:
+    """What programs were made from, by which one knows whether they still hold.
 
-    def __init__(self, batch: int) -> None:
-        super().__init__(batch)
-        # Lists beside each other, so that nothing but C loops over them.
+    It is asked for every token, of all layers: so these are lists beside each other, over which nothing but C loops.
+    """
+
+    def __init__(self) -> None:
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
         self._hooks: list[Any] = []
         self._own: list[dict[str, Any]] = []
         self._tensors: list[Tensor] = []
-        self._geometry: list[list[Any]] = []
+        self._found = self._find()
+
+    def see(self, owner: dict[str, Any], name: str) -> Any:
+        """Return an entry of a module's dictionaries."""
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(owner.get(name))
+        return owner.get(name)
+
+    def module(self, owner: nn.Module, name: str) -> nn.Module:
+        """Return a module, whose parameters a program may read as long as nobody looks at its calls.
+
+        Raises:
+            Unfit: If there is none, or somebody does, or what it holds is no plain tensor.
+        """
+        module = fit(self.see(owner._modules, name))
+        self._hooks += (module._forward_hooks, module._forward_pre_hooks)
+        self._own.append(vars(module))
+        for kept in (module._parameters, module._buffers):
+            for leaf in kept:
+                if self.see(kept, leaf) is not None:
+                    self._tensors.append(kept[leaf])
+        if looked_at(module) or not all(
+            x is None or (x.is_cpu and x.is_contiguous() and unobserved(x))
+            for kept in (module._parameters, module._buffers)
+            for x in kept.values()
+        ):
+            raise _program.Unfit
+        return module
+
+    def remember(self) -> None:
+        """Take what is there now for what is to stay."""
+        self._found = self._find()
+
+    def holds(self) -> bool:
+        """Return whether nothing has changed."""
+        return all(map(is_, map(dict.get, self._owners, self._names), self._values)) and self._find() == self._found
+
+    def _find(self) -> list[Any]:
+        return [
+            _global_hooks(),
+            list(map(bool, self._hooks)),
+            list(map(contains, self._own, repeat("forward"))),
+            *(list(map(ask, self._tensors)) for ask in _GEOMETRY),
+        ]
+
+
+class Step(_program.Program):
+    """A program of modules.
+
+    Raises:
+        Unfit: Here and in all methods, if the kernels do not compute what is to be added.
+    """
+
+    def __init__(self, batch: int, watch: Watch) -> None:
+        super().__init__(batch)
+        self.watch = watch
 
     def project(self, owner: nn.Module, name: str, x: Place, dtype: torch.dtype | None = None) -> Place:
         """Add a linear layer, whose result is of that type, or that of its input."""
-        product = product_of(self.module(owner, name))
-        return self.linear(x, _fit(product), dtype)
+        return self.linear(x, fit(product_of(self.watch.module(owner, name))), dtype)
 
     def norm(self, owner: nn.Module, name: str, x: Place, gate: Place | None = None) -> Place:
         """Add a norm, or nothing where an identity stands in its place."""
-        module = self.module(owner, name)
+        module = self.watch.module(owner, name)
         if type(module) is nn.Identity:
             return x
         if type(module) is not RMSNorm:
             raise _program.Unfit
-        options = {option: self._option(module, option) for option in _NORM}
-        return self.rms_norm(x, module.weight, gate, **options)
+        return self.rms_norm(x, module.weight, gate, **{name: self.watch.see(vars(module), name) for name in _NORM})
 
     def convolve(self, owner: nn.Module, name: str, u: Place, window: Carried) -> Place:
         """Add a short convolution with SiLU."""
-        module = self.module(owner, name)
-        self._option(module, "activation")
-        return self.short_convolution(u, *_fit(taps_of(module)), window)
-
-    def module(self, owner: nn.Module, name: str) -> nn.Module:
-        """Return a module, whose parameters the program may read as long as nobody looks at its calls."""
-        module = _fit(owner._modules[name])
-        if looked_at(module):
-            raise _program.Unfit
-        self._see(owner._modules, name, module)
-        self._hooks += (module._forward_hooks, module._forward_pre_hooks)
-        self._own.append(vars(module))
-        for kept in (module._parameters, module._buffers):
-            for leaf, x in kept.items():
-                self._see(kept, leaf, x)
-                if x is None:
-                    continue
-                if not x.is_cpu or not x.is_contiguous() or not unobserved(x):
-                    raise _program.Unfit
-                self._tensors.append(x)
-        return module
-
-    def finish(self) -> Any:
-        """Return the compiled program, and take note of where it finds its tensors."""
-        self._geometry = self._found()
-        return super().finish()
-
-    def holds(self) -> bool:
-        """Return whether nothing has changed that the program was made from; asked for every token and layer."""
-        return (
-            all(map(is_, map(dict.get, self._owners, self._names), self._values))
-            and not any(self._hooks)
-            and not _global_hooks()
-            and not any(map(contains, self._own, repeat("forward")))
-            and self._found() == self._geometry
-        )
-
-    def _found(self) -> list[list[Any]]:
-        return [list(map(ask, self._tensors)) for ask in _ASKED]
-
-    def _see(self, owner: dict[str, Any], name: str, value: Any) -> None:
-        self._owners.append(owner)
-        self._names.append(name)
-        self._values.append(value)
-
-    def _option(self, module: nn.Module, name: str) -> Any:
-        value = vars(module)[name]
-        self._see(vars(module), name, value)
-        return value
+        module = self.watch.module(owner, name)
+        self.watch.see(vars(module), "activation")
+        return self.short_convolution(u, *fit(taps_of(module)), window)

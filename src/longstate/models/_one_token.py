@@ -1,93 +1,131 @@
-"""One token of each of a few sequences through a block, in one call of compiled kernels.
+"""One token of each of a few sequences through the layers of a stack, in one call of compiled kernels.
 
-It is what the block's own lines compute: the same kernels run in the same order (Δ alone is not rounded to bfloat16
-between its product and its bias). A program is kept as long as nothing that it was made from has changed, and not used
-where anybody looks on: gradients, hooks, adapters, traces.
+It is what the layers' own lines compute: the same kernels run in the same order (Δ alone is not rounded to bfloat16
+between its product and its bias). Programs are kept as long as nothing that they were made from has changed, and not
+used where anybody looks on: gradients, hooks, adapters, traces. A layer that is no program runs between them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from .. import native
 from .._shapes import Tensor
-from ..mixers._step import Step
-from ..ops._program import TYPES, Unfit
+from ..mixers._step import Step, Watch
+from ..ops._program import ROWS, TYPES, Unfit
 from ..ops._register import unobserved
 from ..timeline import Timeline
 
+_ASKED = (Tensor.size, Tensor.is_contiguous, attrgetter("dtype"), attrgetter("is_cpu"))
 
-class _OneToken:
-    """A program for a block, and for which inputs and states it is.
 
-    Raises:
-        Unfit: If there is none.
-    """
+class _Layer(NamedTuple):
+    """A layer as a program, and how many tensors its state has."""
 
-    def __init__(self, block: Any, residual: Tensor) -> None:
-        if residual.dtype not in TYPES:
-            raise Unfit
+    program: Any
+    states: int
+
+
+class Programs:
+    """The layers of a stack for inputs of one shape and type; None in place of those that are no programs."""
+
+    def __init__(self, layers: nn.ModuleList, residual: Tensor) -> None:
         self.shape, self.dtype, self.threads = residual.shape, residual.dtype, torch.get_num_threads()
-        self.factor = block.residual_multiplier
-        self.step = step = Step(len(residual))
-        mixer: Any = step.module(block, "mixer")
-        self.states = [(x.shape, x.dtype) for x in mixer.initial_state(len(residual))]
-        source, result = step.given(self.shape[-1], self.dtype), step.given(self.shape[-1], self.dtype)
-        carried = [step.carried(dtype) for _, dtype in self.states]
-        y = mixer._step(step, step.norm(block, "norm", source), *carried)
+        self.watch, self.count = Watch(), len(layers)
+        self.layers: list[_Layer | None] = []
+        states: list[Tensor] = []
+        for name in layers._modules:
+            try:
+                layer, initial = self._layer(layers, name)
+                states += initial
+            except Unfit:
+                layer = None
+            self.layers.append(layer)
+        self.watch.remember()
+        self.asked = _ask(states)
+
+    def _layer(self, layers: nn.ModuleList, name: str) -> tuple[_Layer, tuple[Tensor, ...]]:
+        block: Any = self.watch.module(layers, name)
+        mixer: Any = self.watch.module(block, "mixer")
+        if "_step" not in vars(type(mixer)) or self.watch.see(block._modules, "mlp") is not None:
+            raise Unfit
+        states = mixer.initial_state(self.shape[0])
+        step = Step(self.shape[0], self.watch)
+        source, result = (step.given(self.shape[-1], self.dtype) for _ in range(2))
+        y = mixer._step(step, step.norm(block, "norm", source), *(step.carried(x.dtype) for x in states))
         if torch.promote_types(self.dtype, y.dtype) is not self.dtype:
             raise Unfit
-        step.add(source, y, self.factor, result)
-        self.run = step.finish().run
+        step.add(source, y, self.watch.see(vars(block), "residual_multiplier"), result)
+        return _Layer(step.finish(), len(states)), states
 
-    def fits(self, block: Any, residual: Tensor) -> bool:
-        """Return whether it is the program for this block now, and for such inputs."""
-        same = residual.shape == self.shape and residual.dtype is self.dtype
-        same = same and block.residual_multiplier == self.factor and self.threads == torch.get_num_threads()
-        return same and self.step.holds()
-
-    def takes(self, state: tuple[Tensor, ...]) -> bool:
-        """Return whether a state is what the kernels read."""
-        if len(state) != len(self.states):
+    def hold(self, layers: nn.ModuleList, residual: Tensor) -> bool:
+        """Return whether these are the programs for such inputs, and of what the layers are now."""
+        if residual.shape != self.shape or residual.dtype is not self.dtype or len(layers) != self.count:
             return False
-        for x, (shape, dtype) in zip(state, self.states, strict=True):
-            if x.shape != shape or x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
-                return False
-        return True
+        return self.threads == torch.get_num_threads() and self.watch.holds()
+
+    def run(
+        self, layers: nn.ModuleList, residual: Tensor, states: tuple[Any, ...]
+    ) -> tuple[Tensor, tuple[Any, ...]] | None:
+        """Return what the layers return; None if the states are not those that the programs read."""
+        assert native.kernels is not None
+        if not all(isinstance(state, tuple) for state in states):
+            return None
+        before = [x for layer, state in zip(self.layers, states, strict=True) if layer is not None for x in state]
+        if not unobserved(*before) or _ask(before) != self.asked:
+            return None
+        after = list(map(torch.empty_like, before))
+        addresses = list(zip(map(Tensor.data_ptr, before), map(Tensor.data_ptr, after), strict=True))
+        arguments: list[Any] = []
+        done: list[Any] = []
+        place = 0
+        for layer, block, state in zip(self.layers, layers, states, strict=True):
+            if layer is None:
+                native.kernels.run(self.threads, *arguments)
+                residual, state = block(residual, state, None)
+                arguments, residual = [], residual.contiguous()
+                done.append(state)
+                continue
+            if not arguments:
+                source, residual = residual, torch.empty_like(residual)
+                arguments = [layer.program, source.data_ptr(), residual.data_ptr()]
+            else:
+                arguments += (layer.program, residual.data_ptr(), residual.data_ptr())
+            end = place + layer.states
+            for pair in addresses[place:end]:
+                arguments += pair
+            done.append(type(state)(*after[place:end]))
+            place = end
+        native.kernels.run(self.threads, *arguments)
+        return residual, tuple(done)
 
 
-_KEPT: WeakKeyDictionary[nn.Module, _OneToken] = WeakKeyDictionary()
+def _ask(states: list[Tensor]) -> list[list[Any]]:
+    return [list(map(ask, states)) for ask in _ASKED]
+
+
+_KEPT: WeakKeyDictionary[nn.Module, dict[int, Programs]] = WeakKeyDictionary()
 
 
 def one_token(
-    block: nn.Module, residual: Tensor, state: Any, timeline: Timeline | None
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Return the residual stream with what the mixer adds to it, and the state after; None if the block's own lines are
-    to be run."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or timeline is not None or not state:
+    layers: nn.ModuleList, residual: Tensor, states: tuple[Any, ...] | None, timeline: Timeline | None
+) -> tuple[Tensor, tuple[Any, ...]] | None:
+    """Return the residual stream and the states after one token; None if the layers' own lines are to be run."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or timeline is not None or states is None:
         return None
-    mixer = block._modules["mixer"]
-    if "_step" not in vars(type(mixer)) or residual.shape[1] != 1:
+    if native.kernels is None or residual.shape[1] != 1 or not 0 < residual.shape[0] <= ROWS:
         return None
-    if not unobserved(residual, *state) or torch.is_autocast_enabled("cpu"):
+    if residual.dtype not in TYPES or not residual.is_cpu or not residual.is_contiguous():
         return None
-    if not residual.is_cpu or not residual.is_contiguous():
+    if not unobserved(residual) or torch.is_autocast_enabled("cpu"):
         return None
-    found = _KEPT.get(block)
-    if found is None or not found.fits(block, residual):
-        try:
-            found = _KEPT[block] = _OneToken(block, residual)
-        except Unfit:
-            _KEPT.pop(block, None)
-            return None
-    if not found.takes(state):
-        return None
-    y, after = torch.empty_like(residual), [torch.empty_like(x) for x in state]
-    addresses = [residual.data_ptr(), y.data_ptr()]
-    for x, z in zip(state, after, strict=True):
-        addresses += (x.data_ptr(), z.data_ptr())
-    found.run(*addresses)
-    return y, type(state)(*after)
+    kept = _KEPT.setdefault(layers, {})
+    found = kept.get(len(residual))
+    if found is None or not found.hold(layers, residual):
+        found = kept[len(residual)] = Programs(layers, residual)
+    return found.run(layers, residual, states) if any(found.layers) else None

@@ -55,8 +55,6 @@ class Block(nn.Module):
         """Return the residual stream and the mixer's state."""
         if self.mixer is None or self.norm is None:
             state = ()
-        elif (taken := one_token(self, residual, state, timeline)) is not None:
-            residual, state = taken
         else:
             y, state = self.mixer(self.norm(residual), state, timeline)
             residual = torch.add(residual, y, alpha=self.residual_multiplier)
@@ -166,6 +164,10 @@ class Stack(nn.Module):
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if self.embedding_multiplier != 1:
             residual = residual * self.embedding_multiplier
+        taken = one_token(self.layers, residual, state, timeline)
+        if taken is not None:
+            residual, state = taken
+            return self.norm_f(residual), state
         states = []
         for i, block in enumerate(self._blocks()):
             arguments = (residual, None if state is None else state[i], timeline)

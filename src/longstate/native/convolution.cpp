@@ -158,14 +158,13 @@ void short_convolution(const ShortConvolution& x) {
     });
     // The final window is some of the inputs: copied, whatever they are, as all these rows are of one type.
     const int64_t before = x.taps - 1, bytes = x.width * (x.u.narrow ? 2 : 4);
-    for (int64_t b = 0; b < x.batch; b++)
-        for (int64_t i = 0; i < before; i++) {
-            const int64_t j = steps[b].count - before + i;
-            if (before - i > steps[b].back.back())
-                std::memset(x.final.address(b, i, 0), 0, bytes);
-            else
-                std::memcpy(x.final.address(b, i, 0), input_row(x, steps[b], b, j, 0), bytes);
-        }
+    for_jobs(x.batch * before, 1, [&](int64_t job) {
+        const int64_t b = job / before, i = job % before, j = steps[b].count - before + i;
+        if (before - i > steps[b].back.back())
+            std::memset(x.final.address(b, i, 0), 0, bytes);
+        else
+            std::memcpy(x.final.address(b, i, 0), input_row(x, steps[b], b, j, 0), bytes);
+    });
 }
 
 // dL/d(pre-activation) of some steps, into rows of `ring`; the gradients of taps and bias gain from it in `sums` (if

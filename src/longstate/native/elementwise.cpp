@@ -20,10 +20,11 @@ void elementwise(const Elementwise& x) {
 }
 
 void add(const Add& x) {
-    for (int64_t b = 0; b < x.batch; b++)
+    for_jobs(x.batch, 1, [&](int64_t b) {
         for_vectors(x.width, [&](int64_t i, int some) {
             write(x.y, b, 0, i, read(x.x, b, 0, i, some) + all(float(x.factor)) * read(x.z, b, 0, i, some), some);
         });
+    });
 }
 
 }  // namespace longstate::ISA

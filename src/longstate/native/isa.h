@@ -1,5 +1,7 @@
 // What every kernel's source begins with: it is compiled once for each instruction set, with ISA and WIDTH defined.
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,9 +22,16 @@ LONGSTATE_KERNELS(DECLARATION)
 #include "simd.h"
 #include "elementary.h"
 
-// Run jobs 0 … count - 1; one thread does not open a parallel region, which would take longer than a short job.
+// Run jobs 0 … count - 1, and return when all are done. One thread does not open a parallel region, which would take
+// longer than a short job. In a program all threads are there already, and come here together: what a kernel of a
+// program does outside of its jobs is done by each of them, so it writes to nothing that others read.
 template <class Job>
 static void for_jobs(int64_t count, int64_t threads, const Job& job) {
+    if (omp_in_parallel()) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) job(i);
+        return;
+    }
     if (threads == 1 || count <= 1) {
         for (int64_t i = 0; i < count; i++) job(i);
         return;

@@ -94,9 +94,7 @@ static void pass(const Linear& g, const Input& x, int64_t first) {
 
 template <int R, class Pass>
 static void in_blocks(const Linear& g, int64_t size, const Pass& block) {
-    const int64_t blocks = (g.out + R - 1) / R;
-#pragma omp parallel for schedule(static) num_threads(g.threads) if (g.threads > 1 && g.out * g.in * size >= SMALL)
-    for (int64_t i = 0; i < blocks; i++) block(i * R);
+    for_jobs((g.out + R - 1) / R, g.out * g.in * size < SMALL ? 1 : g.threads, [&](int64_t i) { block(i * R); });
 }
 
 template <class V>

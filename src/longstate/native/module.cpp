@@ -43,7 +43,7 @@ static void call(const int64_t* words, void (*kernel)(const Arguments&)) {
 }
 
 // Kernels to run one after the other in a single call. What stays the same is given once. For what does not, a number is
-// a pair (i, k): k bytes behind the i-th address that a run is given, or, if i is 0, behind room that the run itself has.
+// a pair (i, k): k bytes behind the i-th address that a run is given, or, if i is 0, behind room that a run has itself.
 class Program {
     struct Later {
         size_t word, address;
@@ -80,18 +80,46 @@ public:
         throw nb::python_error();
     }
 
-    void run(const nb::args& given) const {
-        std::vector<char> own(room + 64);
-        std::vector<int64_t> now(words), addresses{int64_t(reinterpret_cast<uintptr_t>(own.data()) + 63) / 64 * 64};
-        for (size_t i = 0; i < given.size(); i++) addresses.push_back(word(PyTuple_GET_ITEM(given.ptr(), i)));
+    size_t bytes() const { return room; }
+
+    // Append what is to be called, and the words with which.
+    void prepare(const std::vector<int64_t>& addresses, std::vector<void (*)(const int64_t*)>& all, std::vector<size_t>& at,
+                 std::vector<int64_t>& now) const {
+        const size_t first = now.size();
+        now.insert(now.end(), words.begin(), words.end());
         for (const Later& x : later) {
-            check_count("run", given.size(), std::max(given.size(), x.address));
-            now[x.word] += addresses[x.address];
+            check_count("run", addresses.size(), std::max(addresses.size(), x.address + 1));
+            now[first + x.word] += addresses[x.address];
         }
-        nb::gil_scoped_release unlocked;
-        for (size_t i = 0; i < calls.size(); i++) calls[i](now.data() + begins[i]);
+        for (size_t i = 0; i < calls.size(); i++) at.push_back(first + begins[i]);
+        all.insert(all.end(), calls.begin(), calls.end());
     }
 };
+
+// Run programs one after the other, each given with its addresses behind it, by one team of threads.
+static void run_programs(int threads, const nb::args& given) {
+    std::vector<std::pair<const Program*, std::vector<int64_t>>> programs;
+    size_t bytes = 0;
+    for (nb::handle x : given) {
+        const Program* program;
+        if (nb::try_cast(x, program)) {
+            programs.push_back({program, {0}});
+            bytes = std::max(bytes, program->bytes());
+        } else if (!programs.empty())
+            programs.back().second.push_back(word(x.ptr()));
+    }
+    std::vector<char> room(bytes + 64);
+    std::vector<void (*)(const int64_t*)> calls;
+    std::vector<size_t> at;
+    std::vector<int64_t> words;
+    for (auto& [program, addresses] : programs) {
+        addresses[0] = int64_t(reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64;
+        program->prepare(addresses, calls, at, words);
+    }
+    nb::gil_scoped_release unlocked;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (size_t i = 0; i < calls.size(); i++) calls[i](words.data() + at[i]);
+}
 
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
@@ -123,5 +151,6 @@ NB_MODULE(_native, m) {
     });
     LONGSTATE_KERNELS(BINDING)
 #undef BINDING
-    nb::class_<Program>(m, "Program").def(nb::init<size_t>()).def("add", &Program::add).def("run", &Program::run);
+    nb::class_<Program>(m, "Program").def(nb::init<size_t>()).def("add", &Program::add);
+    m.def("run", &run_programs);
 }

@@ -112,14 +112,10 @@ constexpr int64_t ALONE = 1 << 14;  // up to so many updates of states a second 
 
 void selective_scan(const SelectiveScan& x) {
     const int64_t pieces = (x.width + PIECE - 1) / PIECE;
-    const int threads = x.batch * x.length * x.width * x.states <= ALONE ? 1 : int(x.threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t job = 0; job < x.batch * pieces; job++) {
-        if (x.length <= FEW && !x.kept)
-            scan_few(x, job / pieces, job % pieces);
-        else
-            scan_piece(x, job / pieces, job % pieces);
-    }
+    const bool few = x.length <= FEW && !x.kept, alone = x.batch * x.length * x.width * x.states <= ALONE;
+    for_jobs(x.batch * pieces, alone ? 1 : x.threads, [&](int64_t job) {
+        few ? scan_few(x, job / pieces, job % pieces) : scan_piece(x, job / pieces, job % pieces);
+    });
 }
 
 }  // namespace longstate::ISA

@@ -12,7 +12,8 @@ import torch
 
 from .. import native
 from .._shapes import Float, Tensor
-from .linear.cpu import KINDS, ROWS
+from .linear.cpu import KINDS
+from .linear.cpu import ROWS as ROWS
 from .norm.cpu import rounds
 from .selective_scan.cpu import TILE
 
@@ -68,8 +69,6 @@ class Program:
     """
 
     def __init__(self, batch: int) -> None:
-        if native.kernels is None or not 0 < batch <= ROWS:
-            raise Unfit
         self.batch, self.threads = batch, native.threads()
         self._addresses, self._room = 1, 0
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
