@@ -108,15 +108,15 @@ def test_who_looks_on_gets_the_blocks_own_lines(monkeypatch: pytest.MonkeyPatch)
                     hook = getattr(block.mixer, name).register_forward_hook(lambda *_: seen.append(1))
                     model(x, state)
                     hook.remove()
-                for module in (block.mixer, block.norm):
+                for module in (block.mixer, block.norm, block):
                     hook = module.register_forward_pre_hook(lambda *_: seen.append(1))
                     model(x, state)
                     hook.remove()
-                assert len(seen) == 7
+                assert len(seen) == 8
                 block.mixer.x_proj.forward = lambda x, own=block.mixer.x_proj.forward: (seen.append(1), own(x))[1]
                 model(x, state)
                 del block.mixer.x_proj.forward
-                assert len(seen) == 8
+                assert len(seen) == 9
                 hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
                 model(x, state)
                 hook.remove()
@@ -201,8 +201,8 @@ def test_models_are_copied_and_let_go() -> None:
         model(tokens, model.initial_state(1))
         other = copy.deepcopy(model)
         other(tokens, other.initial_state(1))
-    kept = [model.backbone.layers, other.backbone.layers]
-    assert all(layers in _one_token._KEPT for layers in kept)
+    kept = [model.backbone, other.backbone]
+    assert all(stack in _one_token._KEPT for stack in kept)
     before = len(_one_token._KEPT)
     del model, other, kept  # programs keep no model alive
     gc.collect()

@@ -7,12 +7,13 @@ program.
 from __future__ import annotations
 
 from itertools import repeat
-from operator import attrgetter, contains, is_
+from operator import contains, eq, is_
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as _global_hooks
+from torch.utils.hooks import RemovableHandle
 
 from .._shapes import Tensor
 from ..ops import _program
@@ -24,7 +25,6 @@ from ._parts import RMSNorm, looked_at, product_of, taps_of
 Value = TypeVar("Value")
 
 _NORM = ("eps", "groups", "offset", "norm_before_gate")
-_GEOMETRY = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 
 
 def fit(value: Value | None) -> Value:
@@ -41,7 +41,8 @@ def fit(value: Value | None) -> Value:
 class Watch:
     """What programs were made from, by which one knows whether they still hold.
 
-    It is asked for every token, of all layers: so these are lists beside each other, over which nothing but C loops.
+    It is asked for every token, of all layers, when the weights have just passed through the caches: so these are lists
+    beside each other, over which nothing but C loops. A tensor is the same if it is the same object over the same memory.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Watch:
         self._hooks: list[Any] = []
         self._own: list[dict[str, Any]] = []
         self._tensors: list[Tensor] = []
-        self._found = self._find()
+        self.remember()
 
     def see(self, owner: dict[str, Any], name: str) -> Any:
         """Return an entry of a module's dictionaries."""
@@ -83,19 +84,22 @@ class Watch:
 
     def remember(self) -> None:
         """Take what is there now for what is to stay."""
-        self._found = self._find()
+        self._registered, self._found = RemovableHandle.next_id, self._find()
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def holds(self) -> bool:
         """Return whether nothing has changed."""
-        return all(map(is_, map(dict.get, self._owners, self._names), self._values)) and self._find() == self._found
+        if RemovableHandle.next_id != self._registered or any(self._found):  # hooks were added, or may be gone
+            if self._find() != self._found:
+                return False
+            self._registered = RemovableHandle.next_id
+        elif any(map(contains, self._own, repeat("forward"))):
+            return False
+        same = all(map(is_, map(dict.get, self._owners, self._names), self._values))
+        return same and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
 
-    def _find(self) -> list[Any]:
-        return [
-            _global_hooks(),
-            list(map(bool, self._hooks)),
-            list(map(contains, self._own, repeat("forward"))),
-            *(list(map(ask, self._tensors)) for ask in _GEOMETRY),
-        ]
+    def _find(self) -> list[bool]:
+        return [bool(_global_hooks()), *map(bool, self._hooks), *map(contains, self._own, repeat("forward"))]
 
 
 class Step(_program.Program):
@@ -113,14 +117,15 @@ class Step(_program.Program):
         """Add a linear layer, whose result is of that type, or that of its input."""
         return self.linear(x, fit(product_of(self.watch.module(owner, name))), dtype)
 
-    def norm(self, owner: nn.Module, name: str, x: Place, gate: Place | None = None) -> Place:
+    def norm(self, owner: nn.Module, name: str, x: Place, gate: Place | None = None, last: bool = False) -> Place:
         """Add a norm, or nothing where an identity stands in its place."""
-        module = self.watch.module(owner, name)
-        if type(module) is nn.Identity:
+        if type(owner._modules[name]) is nn.Identity and not looked_at(self.watch.see(owner._modules, name)):
             return x
+        module = self.watch.module(owner, name)
         if type(module) is not RMSNorm:
             raise _program.Unfit
-        return self.rms_norm(x, module.weight, gate, **{name: self.watch.see(vars(module), name) for name in _NORM})
+        options = {option: self.watch.see(vars(module), option) for option in _NORM}
+        return self.rms_norm(x, module.weight, gate, **options, last=last)
 
     def convolve(self, owner: nn.Module, name: str, u: Place, window: Carried) -> Place:
         """Add a short convolution with SiLU."""

@@ -7,6 +7,7 @@ used where anybody looks on: gradients, hooks, adapters, traces. A layer that is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,12 +17,17 @@ from torch import nn
 
 from .. import native
 from .._shapes import Tensor
-from ..mixers._step import Step, Watch
+from ..mixers._step import Place, Step, Watch
 from ..ops._program import ROWS, TYPES, Unfit
 from ..ops._register import unobserved
 from ..timeline import Timeline
 
-_ASKED = (Tensor.size, Tensor.is_contiguous, attrgetter("dtype"), attrgetter("is_cpu"))
+_ASKED: tuple[Callable[[Tensor], Any], ...] = (
+    Tensor.size,
+    Tensor.is_contiguous,
+    attrgetter("dtype"),
+    attrgetter("is_cpu"),
+)
 
 
 class _Layer(NamedTuple):
@@ -32,47 +38,63 @@ class _Layer(NamedTuple):
 
 
 class Programs:
-    """The layers of a stack for inputs of one shape and type; None in place of those that are no programs."""
+    """The layers of a stack for inputs of one shape and type; None in place of those that are no programs.
 
-    def __init__(self, layers: nn.ModuleList, residual: Tensor) -> None:
+    Attributes:
+        normed: The type of what the stack returns, if its last norm is in the last layer's program.
+    """
+
+    def __init__(self, stack: nn.Module, residual: Tensor) -> None:
         self.shape, self.dtype, self.threads = residual.shape, residual.dtype, torch.get_num_threads()
-        self.watch, self.count = Watch(), len(layers)
+        self.watch = Watch()
+        self.normed: torch.dtype | None = None
+        self.watch.see(stack._modules, "layers")
+        blocks: Any = stack._modules["layers"]
+        self.count = len(blocks)
         self.layers: list[_Layer | None] = []
         states: list[Tensor] = []
-        for name in layers._modules:
+        for i in range(self.count):
+            step = Step(self.shape[0], self.watch)
             try:
-                layer, initial = self._layer(layers, name)
-                states += initial
+                result, initial = self._layer(step, blocks, str(i))
             except Unfit:
-                layer = None
-            self.layers.append(layer)
+                self.layers.append(None)
+                continue
+            if i == self.count - 1:
+                self._norm(step, stack, result)
+            self.layers.append(_Layer(step.finish(), len(initial)))
+            states += initial
         self.watch.remember()
         self.asked = _ask(states)
 
-    def _layer(self, layers: nn.ModuleList, name: str) -> tuple[_Layer, tuple[Tensor, ...]]:
-        block: Any = self.watch.module(layers, name)
+    def _layer(self, step: Step, blocks: nn.Module, name: str) -> tuple[Place, tuple[Tensor, ...]]:
+        """Add a layer; return where the residual stream is then, and the initial state."""
+        block: Any = self.watch.module(blocks, name)
         mixer: Any = self.watch.module(block, "mixer")
         if "_step" not in vars(type(mixer)) or self.watch.see(block._modules, "mlp") is not None:
             raise Unfit
         states = mixer.initial_state(self.shape[0])
-        step = Step(self.shape[0], self.watch)
         source, result = (step.given(self.shape[-1], self.dtype) for _ in range(2))
         y = mixer._step(step, step.norm(block, "norm", source), *(step.carried(x.dtype) for x in states))
         if torch.promote_types(self.dtype, y.dtype) is not self.dtype:
             raise Unfit
         step.add(source, y, self.watch.see(vars(block), "residual_multiplier"), result)
-        return _Layer(step.finish(), len(states)), states
+        return result, states
 
-    def hold(self, layers: nn.ModuleList, residual: Tensor) -> bool:
-        """Return whether these are the programs for such inputs, and of what the layers are now."""
-        if residual.shape != self.shape or residual.dtype is not self.dtype or len(layers) != self.count:
+    def _norm(self, step: Step, stack: nn.Module, x: Place) -> None:
+        try:
+            self.normed = step.norm(stack, "norm_f", x, last=True).dtype
+        except Unfit:
+            self.normed = None
+
+    def hold(self, stack: Any, residual: Tensor) -> bool:
+        """Return whether these are the programs for such inputs, and of what the stack is now."""
+        if residual.shape != self.shape or residual.dtype is not self.dtype or len(stack.layers) != self.count:
             return False
         return self.threads == torch.get_num_threads() and self.watch.holds()
 
-    def run(
-        self, layers: nn.ModuleList, residual: Tensor, states: tuple[Any, ...]
-    ) -> tuple[Tensor, tuple[Any, ...]] | None:
-        """Return what the layers return; None if the states are not those that the programs read."""
+    def run(self, stack: Any, residual: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]] | None:
+        """Return what the stack returns; None if the states are not those that the programs read."""
         assert native.kernels is not None
         if not all(isinstance(state, tuple) for state in states):
             return None
@@ -84,7 +106,7 @@ class Programs:
         arguments: list[Any] = []
         done: list[Any] = []
         place = 0
-        for layer, block, state in zip(self.layers, layers, states, strict=True):
+        for layer, block, state in zip(self.layers, stack.layers, states, strict=True):
             if layer is None:
                 native.kernels.run(self.threads, *arguments)
                 residual, state = block(residual, state, None)
@@ -101,8 +123,12 @@ class Programs:
                 arguments += pair
             done.append(type(state)(*after[place:end]))
             place = end
+        if self.normed is not None:
+            normed = torch.empty_like(residual, dtype=self.normed)
+            native.kernels.run(self.threads, *arguments, normed.data_ptr())
+            return normed, tuple(done)
         native.kernels.run(self.threads, *arguments)
-        return residual, tuple(done)
+        return stack.norm_f(residual), tuple(done)
 
 
 def _ask(states: list[Tensor]) -> list[list[Any]]:
@@ -113,9 +139,9 @@ _KEPT: WeakKeyDictionary[nn.Module, dict[int, Programs]] = WeakKeyDictionary()
 
 
 def one_token(
-    layers: nn.ModuleList, residual: Tensor, states: tuple[Any, ...] | None, timeline: Timeline | None
+    stack: nn.Module, residual: Tensor, states: tuple[Any, ...] | None, timeline: Timeline | None
 ) -> tuple[Tensor, tuple[Any, ...]] | None:
-    """Return the residual stream and the states after one token; None if the layers' own lines are to be run."""
+    """Return the normed residual stream and the states after one token; None if the stack's own lines are to be run."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or timeline is not None or states is None:
         return None
     if native.kernels is None or residual.shape[1] != 1 or not 0 < residual.shape[0] <= ROWS:
@@ -124,8 +150,8 @@ def one_token(
         return None
     if not unobserved(residual) or torch.is_autocast_enabled("cpu"):
         return None
-    kept = _KEPT.setdefault(layers, {})
+    kept = _KEPT.setdefault(stack, {})
     found = kept.get(len(residual))
-    if found is None or not found.hold(layers, residual):
-        found = kept[len(residual)] = Programs(layers, residual)
-    return found.run(layers, residual, states) if any(found.layers) else None
+    if found is None or not found.hold(stack, residual):
+        found = kept[len(residual)] = Programs(stack, residual)
+    return found.run(stack, residual, states) if any(found.layers) else None

@@ -164,10 +164,8 @@ class Stack(nn.Module):
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if self.embedding_multiplier != 1:
             residual = residual * self.embedding_multiplier
-        taken = one_token(self.layers, residual, state, timeline)
-        if taken is not None:
-            residual, state = taken
-            return self.norm_f(residual), state
+        if (taken := one_token(self, residual, state, timeline)) is not None:
+            return taken
         states = []
         for i, block in enumerate(self._blocks()):
             arguments = (residual, None if state is None else state[i], timeline)

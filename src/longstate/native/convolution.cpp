@@ -5,6 +5,7 @@
 namespace longstate::ISA {
 
 constexpr int64_t CHANNELS = 512, STEPS = 64;  // of one job
+constexpr int64_t FEW_CHANNELS = 192;          // of one job, if there is one step only
 constexpr int RUN = 4;                         // steps that are computed together, where all see as many before them
 
 // The steps of one sequence that count, one after the other, and how many inputs before each it sees.
@@ -142,11 +143,44 @@ static void convolve_rows(const ShortConvolution& x, const ConvolutionTaps& w, c
         default: (narrow) ? f<0, 1, true>(__VA_ARGS__) : f<0, 1, false>(__VA_ARGS__);            \
     }
 
+// The final window is some of the inputs: copied, whatever they are, as all these rows are of one type.
+static void write_window(const ShortConvolution& x, const CountedSteps& steps, int64_t b) {
+    const int64_t before = x.taps - 1, bytes = x.width * (x.u.narrow ? 2 : 4);
+    for (int64_t i = 0; i < before; i++) {
+        if (before - i > steps.back.back())
+            std::memset(x.final.address(b, i, 0), 0, bytes);
+        else
+            std::memcpy(x.final.address(b, i, 0), input_row(x, steps, b, steps.count - before + i, 0), bytes);
+    }
+}
+
+// One step of some channels.
+static void convolve_once(ShortConvolution x, int64_t first, int64_t width) {
+    for (Rows* rows : {&x.u, &x.bias, &x.initial, &x.y, &x.final})
+        if (*rows) *rows = from(*rows, first);
+    x.weight.at = x.weight.address(0, first, 0);
+    x.width = width;
+    const ConvolutionTaps w(x);
+    for (int64_t b = 0; b < x.batch; b++) {
+        const CountedSteps steps(x, b);
+        if (steps.count) {
+            const SeenRows seen(x, steps, b, 0, 1, 0);
+            FOR_ROWS(convolve_rows, x.u.narrow, seen, x, w, seen, b, steps.at.data(), 0, width)
+        }
+        write_window(x, steps, b);
+    }
+}
+
 void short_convolution(const ShortConvolution& x) {
+    const int64_t threads = x.batch * x.length * x.width < SMALL ? 1 : x.threads;
+    if (x.length == 1)
+        return for_jobs((x.width + FEW_CHANNELS - 1) / FEW_CHANNELS, threads, [&](int64_t job) {
+            convolve_once(x, job * FEW_CHANNELS, std::min(FEW_CHANNELS, x.width - job * FEW_CHANNELS));
+        });
     const ConvolutionTaps w(x);
     const std::vector<CountedSteps> steps = counted_steps(x);
     const int64_t across = (x.width + CHANNELS - 1) / CHANNELS, along = (x.length + STEPS - 1) / STEPS;
-    for_jobs(x.batch * along * across, x.batch * x.length * x.width < SMALL ? 1 : x.threads, [&](int64_t job) {
+    for_jobs(x.batch * along * across, threads, [&](int64_t job) {
         const int64_t b = job / (along * across), begin = job / across % along * STEPS;
         const int64_t end = std::min(begin + STEPS, steps[b].count);
         const int64_t first = job % across * CHANNELS, channels = std::min(CHANNELS, x.width - first);
@@ -156,15 +190,7 @@ void short_convolution(const ShortConvolution& x) {
             j += seen.run;
         }
     });
-    // The final window is some of the inputs: copied, whatever they are, as all these rows are of one type.
-    const int64_t before = x.taps - 1, bytes = x.width * (x.u.narrow ? 2 : 4);
-    for_jobs(x.batch * before, 1, [&](int64_t job) {
-        const int64_t b = job / before, i = job % before, j = steps[b].count - before + i;
-        if (before - i > steps[b].back.back())
-            std::memset(x.final.address(b, i, 0), 0, bytes);
-        else
-            std::memcpy(x.final.address(b, i, 0), input_row(x, steps[b], b, j, 0), bytes);
-    });
+    for (int64_t b = 0; b < x.batch; b++) write_window(x, steps[b], b);
 }
 
 // dL/d(pre-activation) of some steps, into rows of `ring`; the gradients of taps and bias gain from it in `sums` (if

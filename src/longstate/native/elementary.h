@@ -4,10 +4,14 @@
 
 static inline vf absolute(vf x) { return number(bits(x) & 0x7fffffff); }
 
-// x 2^k, in two factors, so that results among the denormals are right.
+// x 2^k; right among the denormals.
 static inline vf scale(vf x, vi k) {
+#if WIDTH == 16
+    return _mm512_scalef_ps(x, whole(k));
+#else
     vi half = k >> 1;
     return x * number((half + 127) << 23) * number((k - half + 127) << 23);
+#endif
 }
 
 // e^x = 2^k e^r with |r| <= ln 2 / 2; what its last rounding dropped goes into `rest`.

@@ -90,20 +90,29 @@ static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
     gather_rows(x.B, p, N, B);
     gather_rows(x.C, p, N, C);
     prepare(x, p, steps, inputs, sums);
-    for (int64_t d = p.first; d < p.last; d++)
-        for (int64_t n = 0; n < N; n += W) {
-            const int some = int(std::min<int64_t>(W, N - n));
-            const int64_t v = (d - p.first) / W, lane = (d - p.first) % W;
-            const vf a = rate(x, read(x.A, 0, d, n, some));
-            vf h = load_some(x.initial + (b * x.width + d) * N + n, some);
+    const float* before = x.initial + b * x.width * N;
+    float* after = x.final + b * x.width * N;
+    const Rows A = x.A;  // a copy, which nothing that is written can be
+    const bool log_A = x.log_A;
+    for_vectors(p.last - p.first, [&](int64_t c, int count) {
+        for_vectors(N, [&](int64_t n, int some) {
             for (int64_t t = 0; t < T; t++) {
-                if (starts(x, b, t)) h = vf{};
-                const vf step = all(steps.of(v).at[t * W + lane]), input = all(inputs.of(v).at[t * W + lane]);
-                h = power(step * a) * h + input * load_some(B + t * N + n, some);
-                sums.of(v).at[t * W + lane] += total(h * load_some(C + t * N + n, some));
+                const Columns step = steps.of(c / W).from(t), input = inputs.of(c / W).from(t);
+                const vf b_t = load_some(B + t * N + n, some), c_t = load_some(C + t * N + n, some);
+                const bool fresh = starts(x, b, t);
+                const float* old = t ? after : before;
+                vf products[W] = {};
+                for (int i = 0; i < count; i++) {
+                    const int64_t d = p.first + c + i, at = d * N + n;
+                    const vf a = rate(log_A, read(A, 0, d, n, some));
+                    const vf h = power(all(step.at[i]) * a) * (fresh ? vf{} : load_some(old + at, some)) + all(input.at[i]) * b_t;
+                    store_some(after + at, h, some);
+                    products[i] = h * c_t;
+                }
+                sums.of(c / W).add(t, totals(products));
             }
-            store_some(x.final + (b * x.width + d) * N + n, h, some);
-        }
+        });
+    });
     finish(x, p, sums);
 }
 

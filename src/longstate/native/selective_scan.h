@@ -67,7 +67,7 @@ static void store_columns(Columns from, int64_t states, int count, float* to) {
 }
 
 // A log2 e, from A itself or from log(-A).
-static inline vf rate(const SelectiveScan& x, vf A) { return (x.log_A ? -exp(A) : A) * all(LOG2E); }
+static inline vf rate(bool log_A, vf A) { return (log_A ? -exp(A) : A) * all(LOG2E); }
 
 // The steps of one tile, and the channels of one piece of a sequence.
 struct Tile {
@@ -141,7 +141,7 @@ static void load_rates(const SelectiveScan& x, const Tile& p, Columns a) {
         for (int64_t n = 0; n < x.states; n++) {
             vf A{};
             for (int i = 0; i < p.count(v); i++) A[i] = number_at(x.A, 0, p.channel(v) + i, n);
-            a.set(v * x.states + n, rate(x, A));
+            a.set(v * x.states + n, rate(x.log_A, A));
         }
 }
 

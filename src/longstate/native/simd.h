@@ -156,6 +156,21 @@ static inline float total(vf x) {
 #endif
 }
 
+// The sums over the lanes of W vectors: of vector i in lane i.
+template <int BLOCK = 1>
+static inline vf totals(const vf* x) {
+    vi lanes;
+    for (int i = 0; i < W; i++) lanes[i] = i / (2 * BLOCK) * (2 * BLOCK) + i % BLOCK + (i / BLOCK % 2 ? W : 0);
+    const auto pair = [&](vf a, vf b) { return __builtin_shuffle(a, b, lanes) + __builtin_shuffle(a, b, lanes + BLOCK); };
+    if constexpr (2 * BLOCK == W)
+        return pair(x[0], x[1]);
+    else {
+        vf y[W / (2 * BLOCK)];
+        for (int i = 0; i < W / (2 * BLOCK); i++) y[i] = pair(x[2 * i], x[2 * i + 1]);
+        return totals<2 * BLOCK>(y);
+    }
+}
+
 // While one lives, its thread's results below 2^-126 are zero: on smaller numbers processors take a hundred times as long,
 // and whatever decays comes by them.
 struct FlushedToZero {

@@ -120,10 +120,11 @@ class Program:
         groups: int,
         offset: float,
         norm_before_gate: bool,
+        last: bool = False,
     ) -> Place:
-        """Add ``ops.rms_norm``."""
+        """Add ``ops.rms_norm``; if it is the last, a run is given the address of its result."""
         self._expect(weight is None or (weight.dtype in TYPES and weight.is_contiguous()))
-        y = self._place(x.width, x.dtype if weight is None else weight.dtype)
+        y = (self.given if last else self._place)(x.width, x.dtype if weight is None else weight.dtype)
         rounded = rounds(weight, gate is not None and norm_before_gate, offset)
         self._add(
             "rms_norm",
