@@ -41,8 +41,9 @@ def fit(value: Value | None) -> Value:
 class Watch:
     """What programs were made from, by which one knows whether they still hold.
 
-    It is asked for every token, of all layers, when the weights have just passed through the caches: so these are lists
-    beside each other, over which nothing but C loops. A tensor is the same if it is the same object over the same memory.
+    It is asked for every token and all layers, when the weights have just passed through the caches: so these are
+    lists beside each other, over which nothing but C loops. A tensor is the same if it is the same object at the same
+    address.
     """
 
     def __init__(self) -> None:
