@@ -152,17 +152,10 @@ class Mamba(Mixer):
 
     def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
         """Write down what ``forward`` does with one token."""
-        xz = step.project(self, "in_proj", x)
-        u = step.convolve(self, "conv1d", xz.part(0, self.d_inner), conv)
-        low = step.project(self, "x_proj", u)
-        dt, B, C = (
-            step.norm(self, name, low.part(first, width))
-            for name, first, width in (
-                ("dt_norm", 0, self.dt_rank),
-                ("B_norm", self.dt_rank, self.d_state),
-                ("C_norm", self.dt_rank + self.d_state, self.d_state),
-            )
-        )
-        dt = step.project(self, "dt_proj", dt, torch.float32)
-        y = step.selective_scan(u, dt, self.A_log, B, C, self.D, xz.part(self.d_inner, self.d_inner), ssm)
+        u, z = step.project(self, "in_proj", x).split([self.d_inner, self.d_inner])
+        u = step.convolve(self, "conv1d", u, conv)
+        low, B, C = step.project(self, "x_proj", u).split([self.dt_rank, self.d_state, self.d_state])
+        dt = step.project(self, "dt_proj", step.norm(self, "dt_norm", low), torch.float32)
+        B, C = step.norm(self, "B_norm", B), step.norm(self, "C_norm", C)
+        y = step.selective_scan(u, dt, self.A_log, B, C, self.D, z, ssm)
         return step.project(self, "out_proj", y)

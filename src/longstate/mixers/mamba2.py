@@ -15,6 +15,7 @@ from ..ops import linear_attention
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
+from ._step import Carried, Place, Step, fit
 
 
 class Mamba2State(NamedTuple):
@@ -155,6 +156,17 @@ class Mamba2(Mixer):
         if self.d_ssm < self.d_inner:
             y = torch.cat([functional.silu(z_0) * x_0, y], -1)
         return zero_where_invalid(self.out_proj(y), timeline.valid), Mamba2State(window, ssm)
+
+    def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
+        """Write down what ``forward`` does with one token, if there is a norm, and no channel that skips the SSM."""
+        projected = step.project(self, "in_proj", x)
+        rest, _, z, u, dt = projected.split(self.parts)
+        fit(self.norm if not rest.width else None)
+        step_size, decay = step.head_steps(dt, self.dt_bias, self.A_log, step.watch.see(vars(self), "dt_limit"))
+        shared = self.n_groups * self.d_state
+        u, B, C = step.convolve(self, "conv1d", u, conv).split([self.d_ssm, shared, shared])
+        y = step.linear_attention(C, B, u, decay, step_size, self.D, self.n_groups, ssm)
+        return step.project(self, "out_proj", step.norm(self, "norm", y, z))
 
 
 def _sizes(

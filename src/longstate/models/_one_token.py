@@ -1,8 +1,9 @@
 """One token of each of a few sequences through the layers of a stack, in one call of compiled kernels.
 
-It is what the layers' own lines compute: the same kernels run in the same order (Δ alone is not rounded to bfloat16
-between its product and its bias). Programs are kept as long as nothing that they were made from has changed, and not
-used where anybody looks on: gradients, hooks, adapters, traces. A layer that is no program runs between them.
+It is what the layers' own lines compute: the same kernels run in the same order. (Mamba's Δ is not rounded to bfloat16
+between its product and its bias, and Mamba-2's comes from our elementary functions, not from torch's.) Programs are
+kept as long as nothing that they were made from has changed, and not used where anybody looks on: gradients, hooks,
+adapters, traces. A layer that is no program runs between them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The elementary functions by themselves, so that their accuracy can be tested; and what a block adds to its input.
+// The elementary functions by themselves, so that their accuracy can be tested; and what stands between the kernels of a program.
 #include "isa.h"
 
 namespace longstate::ISA {
@@ -17,6 +17,18 @@ void elementwise(const Elementwise& x) {
         }
         store_some(x.y + i, v, count);
     }
+}
+
+void head_steps(const HeadSteps& x) {
+    for_jobs(x.batch, 1, [&](int64_t b) {
+        for_vectors(x.heads, [&](int64_t h, int some) {
+            vf step = softplus(read(x.x, b, 0, h, some) + read(x.bias, 0, 0, h, some));
+            step = choose(step < all(float(x.least)), all(float(x.least)), step);
+            step = choose(step > all(float(x.most)), all(float(x.most)), step);
+            write(x.step, b, 0, h, step, some);
+            write(x.decay, b, 0, h, step * -exp(read(x.A_log, 0, 0, h, some)), some);
+        });
+    });
 }
 
 void add(const Add& x) {

@@ -137,6 +137,13 @@ struct RMSNormBackward {
     Rows grad_x, grad_weight, grad_gate;  // as what they are gradients of
 };
 
+// step = softplus(x + bias) between the least and the most, decay = -step e^A_log: of each head.
+struct HeadSteps {
+    int64_t batch, heads;
+    double least, most;
+    Rows x, bias, A_log, step, decay;  // [b 1 h] [1 1 h] [1 1 h] [b 1 h] [b 1 h]
+};
+
 // y = x + factor z
 struct Add {
     int64_t batch, width;
@@ -152,8 +159,8 @@ struct LinearAttention {
     int64_t skips, erases;   // numbers of D, to a head: one or `values`
     int64_t tile, threads;   // tile: steps between kept states
     Rows q, k, v;            // [b t (g k)] [b t (g k)] [b t (h p)]
-    Rows decay, dt;          // [b t (h channels)] [b t h]; may be absent
-    const float *D, *initial;  // [h skips] [b h k p]; null if there is none
+    Rows decay, dt, D;       // [b t (h channels)] [b t h] [1 1 (h skips)]; may be absent
+    const float* initial;    // [b h k p]; null if there is none
     const uint8_t* start;    // [b t], may be null
     Rows y;                  // [b t (h p)]
     float *final, *kept;     // [b h k p] [tiles+1 b h k p]: the states around tiles; null if not wanted
@@ -178,6 +185,7 @@ constexpr int64_t PIECE = 256;      // channels whose sums are formed together, 
 #define LONGSTATE_KERNELS(KERNEL)                                \
     KERNEL(add, Add)                                             \
     KERNEL(elementwise, Elementwise)                             \
+    KERNEL(head_steps, HeadSteps)                                \
     KERNEL(linear, Linear)                                       \
     KERNEL(linear_attention, LinearAttention)                    \
     KERNEL(linear_attention_backward, LinearAttentionBackward)   \

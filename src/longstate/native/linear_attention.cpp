@@ -37,8 +37,8 @@ static void step(const LinearAttention& x, int64_t b, int64_t h, int64_t i, int 
 static void one_step(const LinearAttention& x) {
     const Decays decays{x.decay, x.start, x.length, x.channels};
     const int64_t width = filled(x.keys), shared = x.heads / x.groups;
-#pragma omp parallel for schedule(static) num_threads(x.threads) if (x.batch * x.heads * x.keys * x.values > 1 << 16)
-    for (int64_t job = 0; job < x.batch * x.heads; job++) {
+    const int64_t threads = x.batch * x.heads * x.keys * x.values > 1 << 16 ? x.threads : 1;
+    for_jobs(x.batch * x.heads, threads, [&](int64_t job) {
         const FlushedToZero flushed;
         const int64_t b = job / x.heads, h = job % x.heads, first = h / shared * x.keys;
         Room room(2 * width + filled(std::max<int64_t>(1, x.channels)));
@@ -50,7 +50,7 @@ static void one_step(const LinearAttention& x) {
         int64_t i = 0;
         for (; i + 4 * W <= x.values; i += 4 * W) step<4>(x, b, h, i, W, remains, q, k);
         for (; i < x.values; i += W) step<1>(x, b, h, i, lanes(x.values, i), remains, q, k);
-    }
+    });
 }
 
 // What the steps of a chunk read for one head.

@@ -4,7 +4,7 @@ static inline int lanes(int64_t width, int64_t i) { return int(std::min<int64_t>
 
 // D for the value channels [i, i + W) of a head.
 static inline vf skip(const LinearAttention& x, int64_t h, int64_t i) {
-    return x.skips == 1 ? all(x.D[h]) : load_some(x.D + h * x.values + i, lanes(x.values, i));
+    return x.skips == 1 ? all(number_at(x.D, 0, 0, h)) : read(x.D, 0, 0, h * x.values + i, lanes(x.values, i));
 }
 
 // What the steps of a chunk write for one head, and what they read with.

@@ -6,6 +6,8 @@ saved, which is longer than they take themselves where weights are few or narrow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from .. import native
 from .._shapes import Float, Tensor
 from .linear.cpu import KINDS
 from .linear.cpu import ROWS as ROWS
+from .linear_attention.cpu import TILE as STEPS
 from .norm.cpu import rounds
 from .selective_scan.cpu import TILE
 
@@ -35,9 +38,13 @@ class Place(NamedTuple):
     apart: int
     dtype: torch.dtype
 
-    def part(self, first: int, width: int) -> Place:
-        """Return some columns."""
-        return self._replace(offset=self.offset + first * self.dtype.itemsize, width=width)
+    def split(self, widths: Sequence[int]) -> list[Place]:
+        """Return the columns in parts of these widths."""
+        size, ends = self.dtype.itemsize, accumulate(widths)
+        return [
+            self._replace(offset=self.offset + (end - width) * size, width=width)
+            for end, width in zip(ends, widths, strict=True)
+        ]
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -176,6 +183,39 @@ class Program:
             *(*u.rows, *dt.rows, *gate.rows, *B.rows, *C.rows, *native.matrix(A_log), *native.vector(D), *_NONE),
             *((state.before, 0), 0, 0, *y.rows, (state.after, 0), 0),
         )
+        return y
+
+    def head_steps(
+        self,
+        x: Place,
+        bias: Float[Tensor, " h"],
+        A_log: Float[Tensor, " h"],
+        limit: tuple[float, float],
+    ) -> tuple[Place, Place]:
+        """Add Δ = clamp(softplus(x + bias)) and the log decay −Δ e^{A_log} of each head."""
+        self._expect(*(y.dtype in TYPES and y.is_contiguous() for y in (bias, A_log)))
+        step, decay = (self._place(x.width, torch.float32) for _ in range(2))
+        given = (*x.rows, *native.vector(bias), *native.vector(A_log), *step.rows, *decay.rows)
+        self._add("head_steps", self.batch, x.width, *map(float, limit), *given)
+        return step, decay
+
+    def linear_attention(
+        self,
+        q: Place,
+        k: Place,
+        v: Place,
+        log_decay: Place,
+        dt: Place,
+        D: Float[Tensor, " d"],
+        groups: int,
+        state: Carried,
+    ) -> Place:
+        """Add ``ops.linear_attention`` with a decay and Δ for each head; its state is ``[b h k p]``."""
+        self._expect(D.dtype in TYPES and D.is_contiguous(), state.dtype is torch.float32)
+        heads, y = dt.width, self._place(v.width, v.dtype)
+        sizes = (self.batch, 1, groups, heads, q.width // groups, v.width // heads, 1, len(D) // heads, False, STEPS)
+        rows = (*q.rows, *k.rows, *v.rows, *log_decay.rows, *dt.rows, *native.vector(D))
+        self._add("linear_attention", *sizes, self.threads, *rows, (state.before, 0), 0, *y.rows, (state.after, 0), 0)
         return y
 
     def add(self, x: Place, z: Place, factor: float, y: Place) -> None:

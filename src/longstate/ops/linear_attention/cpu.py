@@ -136,14 +136,14 @@ class _Given:
         channels = 0 if log_decay is None else keys if log_decay.ndim == 4 else 1
         skips = 1 if D is None or D.ndim == 1 else values
         self.sizes = (batch, length, groups, heads, keys, values, channels, skips, erases, TILE, native.threads())
-        log_decay, dt, start = (None if x is None else x.contiguous() for x in (log_decay, dt, start))
+        log_decay, dt, D, start = (None if x is None else x.contiguous() for x in (log_decay, dt, D, start))
         self.rows = (_in_heads(q), _in_heads(k), _in_heads(v), log_decay, dt)
-        self.parameters = (native.single(D), native.single(initial), start)
+        self.D, self.initial, self.start = D, native.single(initial), start
 
     def numbers(self) -> tuple[int, ...]:
         q, k, v, log_decay, dt = self.rows
-        rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(log_decay), *_rows(dt))
-        return *self.sizes, *rows, *map(native.address, self.parameters)
+        rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(log_decay), *_rows(dt), *native.vector(self.D))
+        return *self.sizes, *rows, native.address(self.initial), native.address(self.start)
 
 
 def register_kernel() -> None:
