@@ -11,12 +11,10 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import longstate
-from longstate import native
 from longstate.analysis.cost import token_cost
 from longstate.compression import quantize
 from longstate.compression.quantization import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from longstate.generate import Sampling, generate
-from longstate.mixers import mamba
 from longstate.models import LanguageModel
 from longstate.models.experts import Experts, Router
 
@@ -108,20 +106,6 @@ def test_a_model_computes_what_its_weights_stand_for(mlp: dict[str, object] | No
         logits, state = new(tokens[:, t : t + 1], state)
         steps.append(logits)
     torch.testing.assert_close(torch.cat(steps, 1), wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(native.kernels is None, reason=native.reason)
-def test_one_token_through_a_quantised_mamba_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, step = [], mamba.mamba_step
-    monkeypatch.setattr(mamba, "mamba_step", lambda *given: (taken.append(1), step(*given))[1])
-    mixer = quantize(longstate.Mamba(16).eval())
-    x = torch.randn(2, 3, 16)
-    with torch.no_grad():
-        wanted, _ = mixer(x)
-        _, state = mixer(x[:, :2])
-        got, _ = mixer(x[:, 2:].contiguous(), state)
-    assert taken
-    torch.testing.assert_close(got, wanted[:, 2:])
 
 
 def test_what_was_quantised_writes_on_and_is_counted() -> None:

@@ -88,6 +88,10 @@ class Watch:
         self._registered, self._found = RemovableHandle.next_id, self._find()
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
+    def nbytes(self) -> int:
+        """Return the size of all tensors."""
+        return sum(x.nbytes for x in self._tensors)
+
     def holds(self) -> bool:
         """Return whether nothing has changed."""
         if RemovableHandle.next_id != self._registered or any(self._found):  # hooks were added, or may be gone

@@ -30,6 +30,8 @@ _ASKED: tuple[Callable[[Tensor], Any], ...] = (
     attrgetter("is_cpu"),
 )
 
+LARGE = 1 << 17  # bytes of a layer's weights, from which on more than one thread reads them
+
 
 class _Layer(NamedTuple):
     """A layer as a program, and how many tensors its state has."""
@@ -66,6 +68,8 @@ class Programs:
             self.layers.append(_Layer(step.finish(), len(initial)))
             states += initial
         self.watch.remember()
+        # Of a small model one thread is done before a team has met at the end of each kernel.
+        self.team = self.threads if self.watch.nbytes() >= LARGE * self.count else 1
         self.asked = _ask(states)
 
     def _layer(self, step: Step, blocks: nn.Module, name: str) -> tuple[Place, tuple[Tensor, ...]]:
@@ -109,7 +113,7 @@ class Programs:
         place = 0
         for layer, block, state in zip(self.layers, stack.layers, states, strict=True):
             if layer is None:
-                native.kernels.run(self.threads, *arguments)
+                native.kernels.run(self.team, *arguments)
                 residual, state = block(residual, state, None)
                 arguments, residual = [], residual.contiguous()
                 done.append(state)
@@ -126,9 +130,9 @@ class Programs:
             place = end
         if self.normed is not None:
             normed = torch.empty_like(residual, dtype=self.normed)
-            native.kernels.run(self.threads, *arguments, normed.data_ptr())
+            native.kernels.run(self.team, *arguments, normed.data_ptr())
             return normed, tuple(done)
-        native.kernels.run(self.threads, *arguments)
+        native.kernels.run(self.team, *arguments)
         return stack.norm_f(residual), tuple(done)
 
 

@@ -88,7 +88,10 @@ public:
         const size_t first = now.size();
         now.insert(now.end(), words.begin(), words.end());
         for (const Later& x : later) {
-            check_count("run", addresses.size(), std::max(addresses.size(), x.address + 1));
+            if (x.address >= addresses.size()) {
+                PyErr_Format(PyExc_TypeError, "run: %zu addresses came, wanted %zu", addresses.size() - 1, x.address);
+                throw nb::python_error();
+            }
             now[first + x.word] += addresses[x.address];
         }
         for (size_t i = 0; i < calls.size(); i++) at.push_back(first + begins[i]);

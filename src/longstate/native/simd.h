@@ -156,12 +156,23 @@ static inline float total(vf x) {
 #endif
 }
 
+// Lanes of a, and from number W on of b.
+static inline vf pick(vf a, vf b, vi lanes) {
+#ifdef __clang__
+    vf y;
+    for (int i = 0; i < W; i++) y[i] = lanes[i] < W ? a[lanes[i]] : b[lanes[i] - W];
+    return y;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // The sums over the lanes of W vectors: of vector i in lane i.
 template <int BLOCK = 1>
 static inline vf totals(const vf* x) {
     vi lanes;
     for (int i = 0; i < W; i++) lanes[i] = i / (2 * BLOCK) * (2 * BLOCK) + i % BLOCK + (i / BLOCK % 2 ? W : 0);
-    const auto pair = [&](vf a, vf b) { return __builtin_shuffle(a, b, lanes) + __builtin_shuffle(a, b, lanes + BLOCK); };
+    const auto pair = [&](vf a, vf b) { return pick(a, b, lanes) + pick(a, b, lanes + BLOCK); };
     if constexpr (2 * BLOCK == W)
         return pair(x[0], x[1]);
     else {
