@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .. import native
 from .._shapes import Tensor
 from ..mixers._step import Place, Step, Watch
+from ..ops import _program
 from ..ops._program import ROWS, TYPES, Unfit
 from ..ops._register import unobserved
 from ..timeline import Timeline
@@ -100,7 +100,6 @@ class Programs:
 
     def run(self, stack: Any, residual: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]] | None:
         """Return what the stack returns; None if the states are not those that the programs read."""
-        assert native.kernels is not None
         if not all(isinstance(state, tuple) for state in states):
             return None
         before = [x for layer, state in zip(self.layers, states, strict=True) if layer is not None for x in state]
@@ -113,7 +112,7 @@ class Programs:
         place = 0
         for layer, block, state in zip(self.layers, stack.layers, states, strict=True):
             if layer is None:
-                native.kernels.run(self.team, *arguments)
+                _program.run(self.team, *arguments)
                 residual, state = block(residual, state, None)
                 arguments, residual = [], residual.contiguous()
                 done.append(state)
@@ -130,9 +129,9 @@ class Programs:
             place = end
         if self.normed is not None:
             normed = torch.empty_like(residual, dtype=self.normed)
-            native.kernels.run(self.team, *arguments, normed.data_ptr())
+            _program.run(self.team, *arguments, normed.data_ptr())
             return normed, tuple(done)
-        native.kernels.run(self.team, *arguments)
+        _program.run(self.team, *arguments)
         return stack.norm_f(residual), tuple(done)
 
 
@@ -149,7 +148,7 @@ def one_token(
     """Return the normed residual stream and the states after one token; None if the stack's own lines are to be run."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or timeline is not None or states is None:
         return None
-    if native.kernels is None or residual.shape[1] != 1 or not 0 < residual.shape[0] <= ROWS:
+    if not _program.there() or residual.shape[1] != 1 or not 0 < residual.shape[0] <= ROWS:
         return None
     if residual.dtype not in TYPES or not residual.is_cpu or not residual.is_contiguous():
         return None

@@ -105,7 +105,8 @@ static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
                 for (int i = 0; i < count; i++) {
                     const int64_t d = p.first + c + i, at = d * N + n;
                     const vf a = rate(log_A, read(A, 0, d, n, some));
-                    const vf h = power(all(step.at[i]) * a) * (fresh ? vf{} : load_some(old + at, some)) + all(input.at[i]) * b_t;
+                    const vf h_before = fresh ? vf{} : load_some(old + at, some);
+                    const vf h = power(all(step.at[i]) * a) * h_before + all(input.at[i]) * b_t;
                     store_some(after + at, h, some);
                     products[i] = h * c_t;
                 }
@@ -121,7 +122,8 @@ constexpr int64_t ALONE = 1 << 14;  // up to so many updates of states a second 
 
 void selective_scan(const SelectiveScan& x) {
     const int64_t pieces = (x.width + PIECE - 1) / PIECE;
-    const bool few = x.length <= FEW && !x.kept, alone = x.batch * x.length * x.width * x.states <= ALONE;
+    const bool few = x.length > 0 && x.length <= FEW && !x.kept;
+    const bool alone = x.batch * x.length * x.width * x.states <= ALONE;
     for_jobs(x.batch * pieces, alone ? 1 : x.threads, [&](int64_t job) {
         few ? scan_few(x, job / pieces, job % pieces) : scan_piece(x, job / pieces, job % pieces);
     });

@@ -68,6 +68,17 @@ class Product(NamedTuple):
     scale: Tensor | None
 
 
+def there() -> bool:
+    """Return whether there are kernels."""
+    return native.kernels is not None
+
+
+def run(threads: int, *arguments: Any) -> None:
+    """Run compiled programs one after the other, each followed by the addresses that it asks for."""
+    assert native.kernels is not None
+    native.kernels.run(threads, *arguments)
+
+
 class Program:
     """Kernels to run one after the other, from the places that those before them wrote to.
 
