@@ -155,6 +155,27 @@ def test_pieces_equal_the_whole(make: Callable[..., Any], kind: str, marks: str)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", None])
+@pytest.mark.parametrize(("make", "kind"), CASES, ids=IDS)
+def test_steps_that_do_not_count_are_as_if_absent(make: Callable[..., Any], kind: str, backend: str | None) -> None:
+    """Be they no numbers. The reference has its inputs from what all backends have them from; this does not rely on
+    it."""
+    batch, length = 2, 37
+    function, arguments = make(kind, batch, length, torch.float64)
+    valid = flags("valid", batch, length)["valid"]
+    timed = [name for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.shape[:2] == (batch, length)]
+    poisoned = {
+        n: arguments[n].masked_fill(~valid.view(*valid.shape, *[1] * (arguments[n].ndim - 2)), torch.nan) for n in timed
+    }
+    y, final = function(**arguments | poisoned, valid=valid, backend=backend)
+    assert not y[~valid].any()
+    for i in range(batch):
+        alone = {name: arguments[name][i : i + 1, valid[i]] for name in timed}
+        initial = arguments["initial"][i : i + 1]
+        wanted = function(**arguments | alone | {"initial": initial}, backend=backend)
+        assert largest_error([y[i : i + 1, valid[i]], final[i : i + 1]], list(wanted)) < 1e-10
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", None])
 def test_what_stands_around_the_selective_scan(backend: str | None) -> None:
     """Step, decay, skip and gate, written out."""
     b, t, d, n = 2, 9, 3, 4
