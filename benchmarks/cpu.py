@@ -172,7 +172,7 @@ def timed(call: Callable[..., object], *arguments: object) -> Callable[[], None]
 def read_bandwidth(buffer: mmap.mmap) -> float:
     """Return the bytes a second at which a buffer is read, by the fastest of several ways."""
     x = torch.frombuffer(buffer, dtype=torch.float32)
-    ones, pieces = torch.ones(8192), np.array_split(x.numpy(), 8)
+    ones, total, pieces = torch.ones(8192), torch.empty(1), np.array_split(x.numpy(), 8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         ways: list[Callable[[], object]] = [
             x.sum,
@@ -180,6 +180,9 @@ def read_bandwidth(buffer: mmap.mmap) -> float:
             partial(torch.dot, x, x),
             lambda: list(pool.map(np.max, pieces)),
         ]
+        if native.kernels is not None:
+            numbers = (x.data_ptr(), x.numel(), torch.get_num_threads(), total.data_ptr())
+            ways.append(partial(native.kernels.read_memory, *numbers))
         return len(buffer) / min(min(x) for x in rounds(dict(enumerate(map(timed, ways))), 2).values())
 
 
@@ -195,7 +198,8 @@ def memory(size: int) -> mmap.mmap:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of the weights that a token reads: of an embedding only what the head shares with it."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    tensors.pop("backbone.embedding.weight", None)
+    for name in ("weight", "quantized", "scale"):
+        tensors.pop(f"backbone.embedding.{name}", None)
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 

@@ -54,7 +54,7 @@ class Longstate:
             from longstate.compression import quantize
 
             model = longstate.load_pretrained(folder, dtype=torch.float32)
-            self.model = (quantize(model, "int8") or model).eval()
+            self.model = quantize(model.eval(), "int8")
         else:
             self.model = longstate.load_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.restart()

@@ -160,6 +160,13 @@ static void convolve_once(ShortConvolution x, int64_t first, int64_t width) {
         if (*rows) *rows = from(*rows, first);
     x.weight.at = x.weight.address(0, first, 0);
     x.width = width;
+    // All of it is elsewhere in memory, and too little of each to be foreseen.
+    for (int64_t b = 0; b < x.batch; b++)
+        for (int64_t k = 0; k + 1 < x.taps; k++)
+            for (int64_t c = 0; c < width; c += W) {
+                if (x.initial) __builtin_prefetch(x.initial.address(b, k, c));
+                __builtin_prefetch(x.final.address(b, k, c), 1);
+            }
     const ConvolutionTaps w(x);
     for (int64_t b = 0; b < x.batch; b++) {
         const CountedSteps steps(x, b);

@@ -48,9 +48,14 @@ static inline void ask_for(const char* p) {
     __builtin_prefetch(p + NEAR);
 }
 
-static inline void put(const Linear& g, int64_t row, int64_t o, float y) {
-    y += g.bias ? number_at(g.bias, 0, 0, o) : 0.f;
-    write(g.y, row / g.length, row % g.length, o, all(y), 1);
+// Outputs o … o + R − 1 of a row, each the total of a vector times a factor.
+template <int R>
+static inline void put(const Linear& g, int64_t row, int64_t o, const vf* sums, vf factors) {
+    if (row >= g.batch * g.length) return;
+    const int64_t b = g.length == 1 ? row : row / g.length;
+    const int count = int(std::min<int64_t>(R, g.out - o));
+    const vf bias = g.bias ? read(g.bias, 0, 0, o, count) : vf{};
+    write(g.y, b, row - b * g.length, o, totals<R>(sums) * factors + bias, count);
 }
 
 // R rows of W, which are vectors V, with M rows of x.
@@ -58,7 +63,7 @@ template <class V, int R, int M>
 static void pass(const Linear& g, const Input& x, int64_t first) {
     constexpr int64_t size = sizeof(V) / W, together = std::max<int64_t>(LINE / sizeof(V), 1);
     const char* w[R];
-    vf sum[R][M] = {};
+    vf sum[M][R] = {};
     UNROLLED for (int r = 0; r < R; r++) w[r] = g.weight + std::min(first + r, g.out - 1) * g.weight_row * size;
     for (int64_t begin = 0, k = 0; begin < g.in; begin += g.group, k++) {
         const int64_t end = std::min(begin + g.group, g.in);
@@ -84,12 +89,10 @@ static void pass(const Linear& g, const Input& x, int64_t first) {
         }
         UNROLLED for (int r = 0; r < R; r++) {
             const vf factor = all(g.scale ? number_at(g.scale, 0, std::min(first + r, g.out - 1), k) : 1.f);
-            UNROLLED for (int m = 0; m < M; m++) sum[r][m] += part[r][m] * factor;
+            UNROLLED for (int m = 0; m < M; m++) sum[m][r] += part[r][m] * factor;
         }
     }
-    UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int m = 0; m < M; m++)
-            if (first + r < g.out && m < g.batch * g.length) put(g, m, first + r, total(sum[r][m]));
+    UNROLLED for (int m = 0; m < M; m++) put<R>(g, m, first, sum[m], all(1.f));
 }
 
 template <int R, class Pass>
@@ -180,13 +183,16 @@ VNNI static void pass_whole(const Linear& g, const Digits& d, int64_t first) {
                 }
         }
     }
-    UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int m = 0; m < M; m++)
-            if (first + r < g.out && m < g.batch * g.length) {
-                const vf high = whole(vi(sum[r][m][2])), middle = whole(vi(sum[r][m][1])), low = whole(vi(sum[r][m][0]));
-                const float y = total((high * all(256.f) + middle) * all(256.f) + low);
-                put(g, m, first + r, y * (d.unit[m] * number_at(g.scale, 0, first + r, 0)));
-            }
+    vf scales{};
+    UNROLLED for (int r = 0; r < R; r++) scales[r] = number_at(g.scale, 0, std::min(first + r, g.out - 1), 0);
+    UNROLLED for (int m = 0; m < M; m++) {
+        vf sums[R];
+        UNROLLED for (int r = 0; r < R; r++) {
+            const vf high = whole(vi(sum[r][m][2])), middle = whole(vi(sum[r][m][1])), low = whole(vi(sum[r][m][0]));
+            sums[r] = (high * all(256.f) + middle) * all(256.f) + low;
+        }
+        put<R>(g, m, first, sums, all(d.unit[m]) * scales);
+    }
 }
 
 static bool run_whole(const Linear& g, const Input& x) {

@@ -79,6 +79,9 @@ static void scan_piece(const SelectiveScan& x, int64_t b, int64_t piece) {
     store_states(x, whole, h, x.final);
 }
 
+// Channels between what is read and what is asked for: memory is not foreseen by the machine across pages.
+constexpr int64_t AHEAD = 32;
+
 // The same for so few steps that turning states into columns would take longest: a vector holds states of one channel.
 static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
     const Tile p = {b, 0, x.length, piece * PIECE, std::min((piece + 1) * PIECE, x.width)};
@@ -104,13 +107,16 @@ static void scan_few(const SelectiveScan& x, int64_t b, int64_t piece) {
                 vf products[W] = {};
                 for (int i = 0; i < count; i++) {
                     const int64_t d = p.first + c + i, at = d * N + n;
+                    __builtin_prefetch(A.address(0, d + AHEAD, n), 0, 2);
+                    __builtin_prefetch(old + at + AHEAD * N, 0, 2);
+                    __builtin_prefetch(after + at + AHEAD * N, 1, 2);
                     const vf a = rate(log_A, read(A, 0, d, n, some));
                     const vf h_before = fresh ? vf{} : load_some(old + at, some);
                     const vf h = power(all(step.at[i]) * a) * h_before + all(input.at[i]) * b_t;
                     store_some(after + at, h, some);
                     products[i] = h * c_t;
                 }
-                sums.of(c / W).add(t, totals(products));
+                sums.of(c / W).add(t, totals<W>(products));
             }
         });
     });

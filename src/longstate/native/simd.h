@@ -167,18 +167,23 @@ static inline vf pick(vf a, vf b, vi lanes) {
 #endif
 }
 
-// The sums over the lanes of W vectors: of vector i in lane i.
-template <int BLOCK = 1>
+// The sums over the lanes of R vectors, R a power of 2: of vector i in lane i, i + R, ...
+template <int R, int BLOCK = 1>
 static inline vf totals(const vf* x) {
     vi lanes;
-    for (int i = 0; i < W; i++) lanes[i] = i / (2 * BLOCK) * (2 * BLOCK) + i % BLOCK + (i / BLOCK % 2 ? W : 0);
-    const auto pair = [&](vf a, vf b) { return pick(a, b, lanes) + pick(a, b, lanes + BLOCK); };
-    if constexpr (2 * BLOCK == W)
-        return pair(x[0], x[1]);
-    else {
-        vf y[W / (2 * BLOCK)];
-        for (int i = 0; i < W / (2 * BLOCK); i++) y[i] = pair(x[2 * i], x[2 * i + 1]);
-        return totals<2 * BLOCK>(y);
+    if constexpr (BLOCK == R) {
+        vf y = x[0];
+        for (int s = R; s < W; s *= 2) {
+            for (int i = 0; i < W; i++) lanes[i] = (i + s) % W;
+            y += pick(y, y, lanes);
+        }
+        return y;
+    } else {
+        for (int i = 0; i < W; i++) lanes[i] = i / (2 * BLOCK) * (2 * BLOCK) + i % BLOCK + (i / BLOCK % 2 ? W : 0);
+        vf y[R / (2 * BLOCK)];
+        for (int i = 0; i < R / (2 * BLOCK); i++)
+            y[i] = pick(x[2 * i], x[2 * i + 1], lanes) + pick(x[2 * i], x[2 * i + 1], lanes + BLOCK);
+        return totals<R, 2 * BLOCK>(y);
     }
 }
 
