@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from longstate import native, ops
 from longstate.mixers._parts import Linear
+from longstate.ops.linear import chunked
 from longstate.ops.linear.chunked import CHUNK, widened
 from longstate.ops.linear.cpu import ROWS
 
@@ -268,3 +269,16 @@ def test_reading_memory(instructions: str) -> None:
     for threads in (1, 2, 5):
         native.kernels.read_memory(x.data_ptr(), x.numel(), threads, found.data_ptr())
         assert found == x.sum()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_large_results_are_torchs(kind: torch.dtype) -> None:
+    """They go into other memory, and are the same numbers; autocast and gradients are seen."""
+    x, weight = torch.randn(2, 513, 24, dtype=kind).mT.contiguous().mT, torch.randn(2100, 24, dtype=kind)
+    assert chunked._is_large(x, weight) == (native.kernels is not None)
+    got = ops.linear(x, weight)
+    assert got.shape == (2, 513, 2100) and got.is_contiguous()
+    torch.testing.assert_close(got, functional.linear(x, weight))
+    assert ops.linear(x, weight.requires_grad_()).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight).dtype is torch.bfloat16

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from ... import native
 from ..._shapes import Tensor
+from .._register import unobserved
 
 CHUNK = 2**21  # weights that are widened at a time
+LARGE = 2**21  # numbers of a result
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
@@ -16,11 +19,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
         y = linear(x, weight, None, scale, None).to(dtype)
         return y if bias is None else y + bias.to(dtype)
     if scale is None:
-        return functional.linear(x, weight, bias)
+        return _large(x, weight) if bias is None and _is_large(x, weight) else functional.linear(x, weight, bias)
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     biases = [None] * len(weight) if bias is None else bias.split(rows)
     parts = zip(weight.split(rows), scale.split(rows), biases, strict=False)
     return torch.cat([functional.linear(x, widened(q, s, x.dtype), b) for q, s, b in parts], -1)
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the result is worth memory in large pages, which no gradient or trace would see it take."""
+    if native.kernels is None or not unobserved(x, weight) or torch.is_autocast_enabled("cpu"):
+        return False
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or x.dtype is not weight.dtype:
+        return False
+    return x.shape[-1] == weight.shape[1] and x.numel() * len(weight) >= LARGE * weight.shape[1]
+
+
+def _large(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply into memory whose first use costs a third of torch's own."""
+    y = native.empty((*x.shape[:-1], len(weight)), x.dtype)
+    torch.mm(x.flatten(0, -2), weight.mT, out=y.flatten(0, -2))
+    return y
 
 
 def widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
