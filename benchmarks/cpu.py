@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import os
 import platform
 import statistics
 import subprocess
@@ -326,15 +327,24 @@ def length(run: Run) -> None:
     each = {n: [1e6 * x / n for x in seconds] for n, seconds in times.items()}
     rows = [(n, spread(x, 0), f"{ratio(x, each[short]) - 1:+.1%}") for n, x in each.items()]
     table(("tokens", "µs per token", f"over {short}"), *rows)
-    peaks, rows = {}, []
+    table(("tokens", "MiB", "KiB per token more", "MiB, as the allocator comes"), *peaks(run))
+
+
+def peaks(run: Run) -> list[tuple[object, ...]]:
+    """Return the peaks of memory over that of 64 tokens, in fresh processes: with an allocator that gives back what is
+    freed (glibc's keeps pieces of up to 32 MB, and what lies between them is lost for larger ones), and as it comes."""
+    found: dict[int, list[int]] = {}
     for n in run.sizes.lengths:
         threads = str(torch.get_num_threads())
         command = [sys.executable, __file__, "--threads", threads, "--peak", str(run.model("mamba")), str(n)]
-        peaks[n] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    for before, n in zip((0, *peaks), peaks, strict=False):
-        slope = f"{(peaks[n] - peaks[before]) / (n - before) / 1024:.1f}" if before else ""
-        rows.append((n, f"{peaks[n] / 2**20:.0f}", slope))
-    table(("tokens", "peak of memory over that of 64 tokens, MiB", "KiB per token more"), *rows)
+        for more in ({"MALLOC_MMAP_THRESHOLD_": str(2**22)}, {}):
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **more})
+            found.setdefault(n, []).append(json.loads(done.stdout))
+    rows: list[tuple[object, ...]] = []
+    for before, n in zip((0, *found), found, strict=False):
+        slope = f"{(found[n][0] - found[before][0]) / (n - before) / 1024:.1f}" if before else ""
+        rows.append((n, f"{found[n][0] / 2**20:.0f}", slope, f"{found[n][1] / 2**20:.0f}"))
+    return rows
 
 
 def peak_memory(folder: Path, length: int) -> int:
