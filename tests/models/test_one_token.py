@@ -142,6 +142,22 @@ def test_who_looks_on_gets_the_blocks_own_lines(monkeypatch: pytest.MonkeyPatch)
         assert not taken
 
 
+def test_a_hook_anywhere_in_a_program_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is put on a model that has just run as a program, and gone when that runs as one again."""
+    model, x, state = case(1)
+    for module in model.layers.modules():
+        if module is model.layers:  # a list, which nobody calls
+            continue
+        seen: list[int] = []
+        with torch.no_grad(), programs_run(monkeypatch) as taken:
+            model(x, state)
+            hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            model(x, state)
+            hook.remove()
+            model(x, state)
+        assert len(seen) == 1 and len(taken) == 2 + 1 + 2, type(module)
+
+
 def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """After each change of a model its next token is that of the changed model."""
     model, x, state = case(1)
@@ -177,6 +193,26 @@ def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                 wanted = model(x, state)[0]
             assert len(taken) == 2 and torch.equal(got, wanted) and not torch.equal(got, last), changes.index(change)
             last = got
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_layers_that_are_no_programs_run_between_them(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if what somebody who looks at their calls gives back is of another type."""
+    layers = ["mamba2", {"mixer": "attention", "n_heads": 2}, "mamba", {"mixer": "mamba", "mlp": {}}, "mamba"]
+    model = Stack(64, layers, residual_in_fp32=False).bfloat16().eval()
+    if wide:
+        model.layers[1].register_forward_hook(lambda _, given, found: (found[0].float(), found[1]))
+    x = torch.randn(2, 6, 64).bfloat16()
+    with torch.no_grad():
+        _, state = model(x[:, :5])
+        with programs_run(monkeypatch) as taken:
+            got, after = model(x[:, 5:].contiguous(), state)
+        with programs_run(monkeypatch, run=False):
+            wanted, after_wanted = model(x[:, 5:].contiguous(), state)
+    assert len(taken) == 3 and got.dtype is wanted.dtype
+    # As in the test above, and more layers.
+    for y, z in zip((got, *tensors(after)), (wanted, *tensors(after_wanted)), strict=True):
+        torch.testing.assert_close(y, z, rtol=2**-5, atol=2**-5 * z.abs().max().item())
 
 
 def test_a_state_that_does_not_fit_is_met_by_the_ops_own_errors() -> None:

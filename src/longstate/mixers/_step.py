@@ -124,9 +124,9 @@ class Step(_program.Program):
 
     def norm(self, owner: nn.Module, name: str, x: Place, gate: Place | None = None, last: bool = False) -> Place:
         """Add a norm, or nothing where an identity stands in its place."""
-        if type(owner._modules[name]) is nn.Identity and not looked_at(self.watch.see(owner._modules, name)):
-            return x
         module = self.watch.module(owner, name)
+        if type(module) is nn.Identity:
+            return x
         if type(module) is not RMSNorm:
             raise _program.Unfit
         options = {option: self.watch.see(vars(module), option) for option in _NORM}

@@ -111,23 +111,25 @@ class Programs:
         done: list[Any] = []
         place = 0
         for layer, block, state in zip(self.layers, stack.layers, states, strict=True):
-            if layer is None:
+            end = place + (0 if layer is None else layer.states)
+            # A layer that is no program may give other numbers than its input's, if somebody looks at its calls.
+            if layer is None or residual.shape != self.shape or residual.dtype is not self.dtype or not residual.is_cpu:
                 _program.run(self.team, *arguments)
                 residual, state = block(residual, state, None)
-                arguments, residual = [], residual.contiguous()
+                arguments, place = [], end
                 done.append(state)
                 continue
             if not arguments:
+                residual = residual.contiguous()
                 source, residual = residual, torch.empty_like(residual)
                 arguments = [layer.program, source.data_ptr(), residual.data_ptr()]
             else:
                 arguments += (layer.program, residual.data_ptr(), residual.data_ptr())
-            end = place + layer.states
             for pair in addresses[place:end]:
                 arguments += pair
             done.append(type(state)(*after[place:end]))
             place = end
-        if self.normed is not None:
+        if self.normed is not None and arguments:
             normed = torch.empty_like(residual, dtype=self.normed)
             _program.run(self.team, *arguments, normed.data_ptr())
             return normed, tuple(done)
