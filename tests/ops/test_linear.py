@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from longstate import native, ops
@@ -282,3 +285,51 @@ def test_large_results_are_torchs(kind: torch.dtype) -> None:
     assert ops.linear(x, weight.requires_grad_()).requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert ops.linear(x, weight).dtype is torch.bfloat16
+
+
+@compiled
+@pytest.mark.parametrize("sizes", [(3, 2060, 1024), (1400, 1500, 24), (2200, 24, 1000)], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradients_are_torchs(sizes: tuple[int, int, int], kind: torch.dtype) -> None:
+    """Of the result, the weight or the input, whichever is large; differentiated once and twice, in whole numbers."""
+    rows, outputs, inputs = sizes
+    x, weight = (torch.randint(-2, 3, (n, inputs)).to(kind).requires_grad_() for n in (rows, outputs))
+    seen = torch.randint(-1, 2, (1, rows, outputs)).to(kind)
+    assert chunked._is_large(x[None], weight)
+
+    def gradients(product: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        y = product(x[None], weight)
+        first = torch.autograd.grad(y, (x, weight), seen, create_graph=True)
+        second = torch.autograd.grad(sum((g * g.detach()).sum() for g in first), (x, weight))
+        return [y, *first, *second]
+
+    found = gradients(ops.linear)
+    assert all(x.is_contiguous() for x in found[:3])
+    for got, wanted in zip(found, gradients(functional.linear), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    loss = ops.linear(x[None], weight).sum()
+    with torch.no_grad():
+        weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@compiled
+def test_what_needs_no_gradient_gets_none() -> None:
+    x, weight = torch.randn(5, 1024), torch.randn(1100, 1024, requires_grad=True)
+    for a, b in ((x, weight), (x.clone().requires_grad_(), weight.detach())):
+        ops.linear(a, b).sum().backward()
+        assert (a.grad is None) is not a.requires_grad and (b.grad is None) is not b.requires_grad
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own forward mode
+def test_large_products_are_seen_by_transforms() -> None:
+    """Forward mode, vmap and traces see torch's own product."""
+    x, weight = torch.randn(3, 1024), torch.randn(1100, 1024, requires_grad=True)
+    with forward_ad.dual_level(), torch.no_grad():
+        moving = forward_ad.make_dual(weight.detach(), torch.ones(1100, 1024))
+        change = forward_ad.unpack_dual(ops.linear(x, moving)).tangent
+    torch.testing.assert_close(change, functional.linear(x, torch.ones(1100, 1024)))
+    many = torch.func.vmap(torch.func.grad(lambda a, w: ops.linear(a, w).sum(), 1), (0, None))(x[:, None], weight)
+    torch.testing.assert_close(many[1], x[1].expand(1100, -1))

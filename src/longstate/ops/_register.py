@@ -101,9 +101,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def unobserved(*tensors: Tensor) -> bool:
     """Return whether a function may compute with these tensors' memory behind torch's back."""
-    differentiable = torch.is_grad_enabled()
-    for x in tensors:  # loops, since this is asked many times for each token: all(…) takes half as long again
-        if type(x) not in _PLAIN or (differentiable and x.requires_grad):
+    if torch.is_grad_enabled():
+        for x in tensors:  # loops, since this is asked many times for each token: all(…) takes half as long again
+            if x.requires_grad:
+                return False
+    return untraced(*tensors)
+
+
+def untraced(*tensors: Tensor) -> bool:
+    """Return whether nothing but autograd sees what is done with these tensors."""
+    for x in tensors:
+        if type(x) not in _PLAIN:
             return False
     return (
         not torch.compiler.is_compiling()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from ... import native
 from ..._shapes import Tensor
-from .._register import unobserved
+from .._register import untraced
 
 CHUNK = 2**21  # weights that are widened at a time
-LARGE = 2**21  # numbers of a result
+LARGE = 2**22  # bytes of a result, or of a gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
@@ -19,7 +21,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
         y = linear(x, weight, None, scale, None).to(dtype)
         return y if bias is None else y + bias.to(dtype)
     if scale is None:
-        return _large(x, weight) if bias is None and _is_large(x, weight) else functional.linear(x, weight, bias)
+        if bias is None and _is_large(x, weight):
+            return _Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], len(weight))
+        return functional.linear(x, weight, bias)
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     biases = [None] * len(weight) if bias is None else bias.split(rows)
     parts = zip(weight.split(rows), scale.split(rows), biases, strict=False)
@@ -27,19 +31,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the result is worth memory in large pages, which no gradient or trace would see it take."""
-    if native.kernels is None or not unobserved(x, weight) or torch.is_autocast_enabled("cpu"):
+    """Return whether the result or a gradient is worth memory in large pages, which no trace would see it take."""
+    if native.kernels is None or not untraced(x, weight) or torch.is_autocast_enabled("cpu"):
         return False
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or x.dtype is not weight.dtype:
         return False
-    return x.shape[-1] == weight.shape[1] and x.numel() * len(weight) >= LARGE * weight.shape[1]
+    if x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    count = x.numel() // max(1, weight.shape[1]) * len(weight)
+    if torch.is_grad_enabled():
+        count = max(count, x.requires_grad * x.numel(), weight.requires_grad * weight.numel())
+    return count * x.itemsize >= LARGE
 
 
-def _large(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply into memory whose first use costs a third of torch's own."""
-    y = native.empty((*x.shape[:-1], len(weight)), x.dtype)
-    torch.mm(x.flatten(0, -2), weight.mT, out=y.flatten(0, -2))
-    return y
+class _Product(torch.autograd.Function):
+    """a bᵀ in memory whose first use costs a third of torch's own; so are its gradients, which are such products."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """Return a bᵀ of ``[m k]`` and ``[n k]``."""
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b.mT, out=native.empty((len(a), len(b)), a.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of a and b, which can be differentiated once more."""
+        a, b = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        return (
+            _Product.apply(grad, b.mT) if of_a else None,
+            _Product.apply(grad.mT, a.mT) if of_b else None,
+        )
 
 
 def widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
