@@ -9,6 +9,7 @@ namespace longstate::ISA {
 
 constexpr int64_t SMALL = 1 << 16;  // bytes of W that are read sooner than other threads would begin
 constexpr int64_t FAR = 16384, NEAR = 512;  // bytes ahead of what is read that are brought into the caches
+constexpr int64_t NEXT = 8192;      // bytes of rows that are brought into the first cache while those before them are read
 constexpr int64_t LINE = 64;        // bytes that memory gives at a time
 
 // Numbers that begin where a line of the cache does: a vector across two of them takes twice as long to load.
@@ -43,9 +44,15 @@ static inline vf take(const char* p, int64_t count = W) {
     return wide(x);
 }
 
-static inline void ask_for(const char* p) {
+// Rows that are read at once lie behind each other, so what comes next is as far from each of them as all are long.
+static inline int64_t near(const Linear& g, int64_t rows, int64_t size) {
+    const int64_t bytes = rows * g.weight_row * size;
+    return bytes <= NEXT ? bytes : NEAR;
+}
+
+static inline void ask_for(const char* p, int64_t near) {
     __builtin_prefetch(p + FAR, 0, 2);  // the second cache has room for so much, the first not
-    __builtin_prefetch(p + NEAR);
+    __builtin_prefetch(p + near);
 }
 
 // Outputs o … o + R − 1 of a row, each the total of a vector times a factor.
@@ -62,6 +69,7 @@ static inline void put(const Linear& g, int64_t row, int64_t o, const vf* sums, 
 template <class V, int R, int M>
 static void pass(const Linear& g, const Input& x, int64_t first) {
     constexpr int64_t size = sizeof(V) / W, together = std::max<int64_t>(LINE / sizeof(V), 1);
+    const int64_t ahead = near(g, R, size);
     const char* w[R];
     vf sum[M][R] = {};
     UNROLLED for (int r = 0; r < R; r++) w[r] = g.weight + std::min(first + r, g.out - 1) * g.weight_row * size;
@@ -71,7 +79,7 @@ static void pass(const Linear& g, const Input& x, int64_t first) {
         int64_t i = begin;
         for (; i + together * W <= end; i += together * W) {
             UNROLLED for (int r = 0; r < R; r++) {
-                ask_for(w[r] + i * size);
+                ask_for(w[r] + i * size, ahead);
                 UNROLLED for (int j = 0; j < together; j++) {
                     const vf v = take<V>(w[r] + (i + j * W) * size);
                     UNROLLED for (int m = 0; m < M; m++) part[r][m] += v * load(x.at(m, i + j * W));
@@ -83,7 +91,7 @@ static void pass(const Linear& g, const Input& x, int64_t first) {
             vf some[M];
             UNROLLED for (int m = 0; m < M; m++) some[m] = load_some(x.at(m, i), count);
             UNROLLED for (int r = 0; r < R; r++) {
-                const vf v = take<V>(w[r] + i * size, count);
+                const vf v = count == W ? take<V>(w[r] + i * size) : take<V>(w[r] + i * size, count);
                 UNROLLED for (int m = 0; m < M; m++) part[r][m] += v * some[m];
             }
         }
@@ -163,6 +171,7 @@ VNNI static bool write_digits(const Input& x, Digits& d) {
 
 template <int R, int M>
 VNNI static void pass_whole(const Linear& g, const Digits& d, int64_t first) {
+    const int64_t ahead = near(g, R, 1);
     const char* w[R];
     __m512i sum[R][M][DIGITS];
     const __m512i offset = _mm512_set1_epi8(char(128));
@@ -174,7 +183,7 @@ VNNI static void pass_whole(const Linear& g, const Digits& d, int64_t first) {
     for (int64_t i = 0; i < g.in; i += LINE) {
         const __mmask64 there = g.in - i >= LINE ? ~__mmask64(0) : (__mmask64(1) << (g.in - i)) - 1;
         UNROLLED for (int r = 0; r < R; r++) {
-            ask_for(w[r] + i);
+            ask_for(w[r] + i, ahead);
             const __m512i v = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w[r] + i), offset);
             UNROLLED for (int m = 0; m < M; m++)
                 UNROLLED for (int k = 0; k < DIGITS; k++) {
