@@ -10,7 +10,6 @@ from itertools import repeat
 from operator import contains, eq, is_
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as _global_hooks
 from torch.utils.hooks import RemovableHandle
@@ -118,9 +117,9 @@ class Step(_program.Program):
         super().__init__(batch)
         self.watch = watch
 
-    def project(self, owner: nn.Module, name: str, x: Place, dtype: torch.dtype | None = None) -> Place:
-        """Add a linear layer, whose result is of that type, or that of its input."""
-        return self.linear(x, fit(product_of(self.watch.module(owner, name))), dtype)
+    def project(self, owner: nn.Module, name: str, x: Place) -> Place:
+        """Add a linear layer."""
+        return self.linear(x, fit(product_of(self.watch.module(owner, name))))
 
     def norm(self, owner: nn.Module, name: str, x: Place, gate: Place | None = None, last: bool = False) -> Place:
         """Add a norm, or nothing where an identity stands in its place."""

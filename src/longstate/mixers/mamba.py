@@ -13,8 +13,8 @@ from .._shapes import Float, Tensor
 from ..ops import linear, selective_scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, softplus_inverse
-from ._step import Carried, Place, Step
+from ._parts import Linear, RMSNorm, ShortConvolution, check_steps, log_uniform_, product_of, softplus_inverse
+from ._step import Carried, Place, Step, fit
 
 
 class MambaState(NamedTuple):
@@ -27,7 +27,7 @@ class MambaState(NamedTuple):
 class StepProjection(Linear):
     """A linear map whose bias is added in float32 at least: in bfloat16 it gives visibly other steps.
 
-    The module is called, never its weight alone, and gives what a linear layer does, so that adapters work.
+    It gives what a linear layer does, and is called wherever anybody looks, so that adapters and hooks work.
     """
 
     is_product = True
@@ -132,15 +132,17 @@ class Mamba(Mixer):
         u, z = self.in_proj(x).chunk(2, -1)
         u, window = self.conv1d(u, None if state is None else state.conv, timeline)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt, dt_bias = self._project_steps(self.dt_norm(low))
         y, ssm = selective_scan(
             u,
-            self.dt_proj(self.dt_norm(low)),
+            dt,
             self.A_log,
             self.B_norm(B),
             self.C_norm(C),
             self.D,
             None if state is None else state.ssm,
             gate=z,
+            dt_bias=dt_bias,
             dt_softplus=True,
             elapsed=timeline.dt,
             log_A=True,
@@ -150,12 +152,20 @@ class Mamba(Mixer):
         y = self.out_proj(y)
         return zero_where_invalid(y, timeline.valid), MambaState(window, ssm)
 
+    def _project_steps(self, low: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what Δ is computed from, and the bias if the scan is to add it, which saves a pass over memory."""
+        product = None if torch.compiler.is_compiling() else product_of(self.dt_proj)
+        if product is None:
+            return self.dt_proj(low), None
+        return linear(low, product.weight, scale=product.scale), product.bias
+
     def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
         """Write down what ``forward`` does with one token."""
         u, z = step.project(self, "in_proj", x).split([self.d_inner, self.d_inner])
         u = step.convolve(self, "conv1d", u, conv)
         low, B, C = step.project(self, "x_proj", u).split([self.dt_rank, self.d_state, self.d_state])
-        dt = step.project(self, "dt_proj", step.norm(self, "dt_norm", low), torch.float32)
+        product = fit(product_of(step.watch.module(self, "dt_proj")))
+        dt = step.linear(step.norm(self, "dt_norm", low), product._replace(bias=None), torch.float32)
         B, C = step.norm(self, "B_norm", B), step.norm(self, "C_norm", C)
-        y = step.selective_scan(u, dt, self.A_log, B, C, self.D, z, ssm)
+        y = step.selective_scan(u, dt, product.bias, self.A_log, B, C, self.D, z, ssm)
         return step.project(self, "out_proj", y)

@@ -177,6 +177,7 @@ class Program:
         self,
         u: Place,
         dt: Place,
+        dt_bias: Float[Tensor, " d"] | None,
         A_log: Float[Tensor, "d n"],
         B: Place,
         C: Place,
@@ -185,13 +186,23 @@ class Program:
         state: Carried,
     ) -> Place:
         """Add ``ops.selective_scan`` with a gate, softplus and log A; its state is ``[b d n]``."""
-        self._expect(*(x.dtype in TYPES and x.is_contiguous() for x in (A_log, D)), state.dtype is torch.float32)
+        kept = [x for x in (dt_bias, A_log, D) if x is not None]
+        self._expect(*(x.dtype in TYPES and x.is_contiguous() for x in kept), state.dtype is torch.float32)
         width, states = A_log.shape
         y = self._place(width, u.dtype)
         self._add(
             "selective_scan",
             *(self.batch, 1, width, states, TILE, True, True, self.threads),
-            *(*u.rows, *dt.rows, *gate.rows, *B.rows, *C.rows, *native.matrix(A_log), *native.vector(D), *_NONE),
+            *(
+                *u.rows,
+                *dt.rows,
+                *gate.rows,
+                *B.rows,
+                *C.rows,
+                *native.matrix(A_log),
+                *native.vector(D),
+                *native.vector(dt_bias),
+            ),
             *((state.before, 0), 0, 0, *y.rows, (state.after, 0), 0),
         )
         return y
