@@ -195,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.erases, _, ctx.backend = inputs
     ctx.initial = tensors.pop(4) is not None
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # zeros for the states that are kept take as long as a tenth of the kernel
+    ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
