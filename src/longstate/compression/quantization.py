@@ -12,13 +12,15 @@ from .._errors import check_choice
 from .._shapes import Float, Int, Tensor
 from ..mixers._parts import Linear
 from ..mixers.mamba import StepProjection
+from ..models._tied import Embedding, Head
 from ..models.experts import Experts
 from ..ops import linear
 from ..ops.linear.chunked import CHUNK, widened
 
 KINDS = ("int8",)
 _LARGEST = 127  # −128 is left out: it would have no counterpart
-_LINEAR = (nn.Linear, Linear, StepProjection)  # not routers, whose near ties are real choices
+_LINEAR = (nn.Linear, Linear, StepProjection, Head)  # not routers, whose near ties are real choices
+_EMBEDDING = (nn.Embedding, Embedding)
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -140,7 +142,7 @@ def quantize(model: AnyModule, kind: str = "int8", group: int | None = None) -> 
         raise ValueError("quantize: the model is quantised already. Take the original one.")
     places: dict[int, list[str]] = {}  # the layers of each weight: what is shared stays so
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and type(module) in (*_LINEAR, nn.Embedding):
+        if name and type(module) in _LINEAR + _EMBEDDING:
             places.setdefault(id(module.weight), []).append(name)
     shared = [names for names in places.values() if any(type(model.get_submodule(x)) in _LINEAR for x in names)]
     experts = {name: module for name, module in model.named_modules() if type(module) is Experts}

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .._shapes import Float, Int, Shaped, Tensor
 from ..models import LanguageModel
+from ..models._tied import gradients_meet
 from ..models.language import bounded
 from ..timeline import Timeline
 from .cache import LongstateCache, Steps
@@ -224,28 +225,33 @@ class LongstateForCausalLM(PreTrainedModel, GenerationMixin):
         options.pop("tokenizer", None)  # generate, given one to find stop strings, hands it on
         if options:
             raise TypeError(f"LongstateForCausalLM: unexpected arguments {', '.join(sorted(options))}")
-        read = self.read(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            logits_to_keep,
-            output_hidden_states,
-            output_attentions,
-        )
-        hidden: Tensor = read.last_hidden_state  # type: ignore[assignment]  # optional in name only
-        loss = None
-        if labels is not None or shift_labels is not None:
-            logits = self._logits(hidden).contiguous()
-            shift_labels = None if shift_labels is None else shift_labels.contiguous()
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+        with gradients_meet():
+            read = self.read(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache,
+                logits_to_keep,
+                output_hidden_states,
+                output_attentions,
             )
-            logits = logits[:, _kept(logits_to_keep)]
-        else:
-            logits = self._logits(hidden[:, _kept(logits_to_keep)])
+            hidden: Tensor = read.last_hidden_state  # type: ignore[assignment]  # optional in name only
+            loss = None
+            if labels is not None or shift_labels is not None:
+                logits = self._logits(hidden).contiguous()
+                shift_labels = None if shift_labels is None else shift_labels.contiguous()
+                loss = self.loss_function(
+                    logits,
+                    labels,
+                    self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
+                logits = logits[:, _kept(logits_to_keep)]
+            else:
+                logits = self._logits(hidden[:, _kept(logits_to_keep)])
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=read.past_key_values, hidden_states=read.hidden_states
         )

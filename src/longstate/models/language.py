@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from .._errors import nearest
 from .._shapes import Float, Int, Tensor
-from ..mixers._parts import Linear
 from ..timeline import Timeline
+from ._tied import Embedding, Head, gradients_meet
 from .stack import LayerSpec, Stack, check_kinds
 
 
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         # Neither is drawn as torch would: it takes long for so many numbers, and they are drawn below.
-        embedding = nn.Embedding.from_pretrained(torch.empty(rows, d_model), freeze=False)
+        embedding = Embedding.from_pretrained(torch.empty(rows, d_model), freeze=False)
         self.backbone = Stack(
             d_model,
             layers,
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
             embedding_multiplier,
             residual_multiplier,
         )
-        self.lm_head = Linear(d_model, 1, bias=False)
+        self.lm_head = Head(d_model, 1, bias=False)
         self.lm_head.out_features = rows
         self.lm_head.weight = embedding.weight if tie_embeddings else nn.Parameter(torch.empty(rows, d_model))
         self._tie()
@@ -171,8 +171,9 @@ class LanguageModel(nn.Module):
         """
         if tokens.ndim != 2:
             raise ValueError(f"LanguageModel: tokens of shape {list(tokens.shape)}, wanted [batch, time]")
-        x, state = self.backbone(tokens, state, timeline)
-        return self.logits(x), state
+        with gradients_meet():
+            x, state = self.backbone(tokens, state, timeline)
+            return self.logits(x), state
 
     def logits(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Return the logits of what the stack gave, which need not be that of all steps."""

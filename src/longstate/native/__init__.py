@@ -35,6 +35,11 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def side_by_side(x: Tensor | None) -> Tensor | None:
+    """Return a tensor's numbers in the usual order, one after the other."""
+    return None if x is None else x.contiguous()
+
+
 def single(x: Tensor | None) -> Tensor | None:
     """Return a parameter as the kernels read it: side by side, in float32."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):

@@ -286,7 +286,7 @@ void linear_attention_backward(const LinearAttentionBackward& g) {
         const int64_t piece = job % pieces, group = job / pieces % x.groups, b = job / pieces / x.groups;
         const int64_t first = group * shared + piece * HEADS, heads = std::min(HEADS, (group + 1) * shared - first);
         Piece work(g, b, group, heads);
-        for (int64_t h = 0; h < heads; h++)
+        for (int64_t h = 0; h < heads && g.grad_final; h++)
             widen_rows(g.grad_final + (b * x.heads + first + h) * state, x.keys, x.values, &work.adjoints[h * work.size]);
         for (int64_t tile = (x.length + x.tile - 1) / x.tile - 1; tile >= 0; tile--) {
             const int64_t begin = tile * x.tile, end = std::min(begin + x.tile, x.length), chunks = (end - begin + C - 1) / C;

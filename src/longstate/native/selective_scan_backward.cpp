@@ -3,6 +3,16 @@
 
 namespace longstate::ISA {
 
+// Rows that the tile before this one will read, or that this one will write, from step `begin` on: they are asked for one
+// by one between the steps, since they lie too far from each other for the machine to foresee which are next.
+struct Foreseen {
+    Rows rows[8];
+    int64_t begins[8], count = 0;
+    void add(const Rows& x, int64_t begin) {
+        if (x && begin >= 0) rows[count] = x, begins[count++] = begin;
+    }
+};
+
 // What the recurrence of a tile works on, backwards: of each step the gradient of C h, and sums over states of what
 // reaches the input by B and Delta by the decay.
 struct BackwardPart {
@@ -10,6 +20,8 @@ struct BackwardPart {
     const float *B, *C;
     Columns sums_B, sums_C;  // [t K], over channels
     Columns before, decays;  // [t K]
+    const Foreseen& foreseen;
+    int64_t channel, pass, passes;  // the channels of this vector; of the passes over it each asks for its share
 };
 
 template <int K>
@@ -21,6 +33,8 @@ static void retreat(const SelectiveScan& x, const Tile& p, const BackwardPart& s
         const float *B = s.B + t * x.states, *C = s.C + t * x.states;
         const vf step = s.steps[t], input = s.inputs[t];
         vf sum = s.sums[t];
+        for (int64_t i = s.pass; i < s.foreseen.count; i += s.passes)
+            __builtin_prefetch(s.foreseen.rows[i].address(p.b, s.foreseen.begins[i] + t, s.channel), 0, 2);
 #pragma GCC unroll 4
         for (int n = 0; n < K; n++) {
             const vf decay = fresh ? vf{} : power(step * s.a[n]);
@@ -99,17 +113,6 @@ static void finish_backward(const SelectiveScanBackward& g, const Tile& p, int64
     }
 }
 
-// Ask for the rows that the tile before this one will read, and those that this one will write.
-static void foresee(const SelectiveScanBackward& g, const Tile& p, int64_t channel) {
-    const SelectiveScan& x = g.forward;
-    for (int64_t t = p.begin; t < p.end; t++) {
-        for (const Rows* rows : {&x.u, &x.dt, &x.gate, &g.grad})
-            if (*rows && t >= x.tile) __builtin_prefetch(rows->address(p.b, t - x.tile, channel), 0, 2);
-        for (const Rows* rows : {&g.grad_u, &g.grad_dt, &g.grad_gate})
-            if (*rows) __builtin_prefetch(rows->address(p.b, t, channel), 1, 2);
-    }
-}
-
 static void scan_piece_backward(const SelectiveScanBackward& g, int64_t b, int64_t piece) {
     const SelectiveScan& x = g.forward;
     const Tile whole = tile_of(x, b, piece, 0);
@@ -123,7 +126,7 @@ static void scan_piece_backward(const SelectiveScanBackward& g, int64_t b, int64
     Columns grad_D = room.columns(vectors), grad_bias = room.columns(vectors);
     float *B = room.take(T * N), *C = room.take(T * N);
     load_rates(x, whole, a);
-    load_states(x, whole, g.grad_final, adjoint);
+    if (g.grad_final) load_states(x, whole, g.grad_final, adjoint);
     for (int64_t tile = (x.length + T - 1) / T - 1; tile >= 0; tile--) {
         const Tile p = tile_of(x, b, piece, tile);
         load_states(x, p, x.kept + tile * x.batch * sequence, h);
@@ -131,17 +134,19 @@ static void scan_piece_backward(const SelectiveScanBackward& g, int64_t b, int64
         gather_rows(x.C, p, N, C);
         prepare(x, p, steps, inputs, sums);
         prepare_backward(g, p, grads, by_input, by_decay);
+        Foreseen foreseen;
+        for (const Rows* rows : {&x.u, &x.dt, &x.gate, &g.grad}) foreseen.add(*rows, p.begin - T);
+        for (const Rows* rows : {&g.grad_u, &g.grad_dt, &g.grad_gate}) foreseen.add(*rows, p.begin);
         // A few states of all channels at a time: the sums over channels then stay in the nearest cache.
-        for (int64_t n = 0; n < N;) {
+        for (int64_t n = 0, pass = 0; n < N; pass++) {
             const int K = N - n >= 4 ? 4 : 1;
             std::fill_n(sums_B.at, K * T * W, 0.f);
             std::fill_n(sums_C.at, K * T * W, 0.f);
             for (int64_t v = 0; v < vectors; v++) {
                 const int64_t row = v * N + n;
-                if (n == 0) foresee(g, p, p.channel(v));
                 const BackwardPart part{a.from(row), h.from(row), adjoint.from(row), grad_A.from(row), steps.of(v), inputs.of(v),
                                         sums.of(v), grads.of(v), by_input.of(v), by_decay.of(v), B + n, C + n, sums_B, sums_C,
-                                        before, decays};
+                                        before, decays, foreseen, p.channel(v), pass, N / 4 + N % 4};
                 K == 4 ? retreat<4>(x, p, part) : retreat<1>(x, p, part);
             }
             for (int64_t i = 0; i < p.steps() * K; i++) {

@@ -45,7 +45,7 @@ def linear_attention(
 
 def linear_attention_backward(
     grad: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,7 +60,7 @@ def linear_attention_backward(
     assert native.kernels is not None
     batch, length, heads, values = v.shape
     given = _Given(q, k, v, log_decay, None, dt, D, start, erases)
-    grad, grad_final, kept = _in_heads(grad), grad_final.contiguous(), kept.contiguous()
+    grad, grad_final, kept = _in_heads(grad), native.side_by_side(grad_final), kept.contiguous()
     pieces = -(-(heads // q.shape[2]) // native.kernels.HEADS)
     # The sums over the heads of a group, piece by piece.
     grad_q, grad_k = (native.empty((pieces, *x.shape), x.dtype if pieces == 1 else torch.float32) for x in (q, k))
@@ -77,7 +77,7 @@ def linear_attention_backward(
         0,
         kept.data_ptr(),
         *_rows(grad),
-        grad_final.data_ptr(),
+        native.address(grad_final),
         *_rows(grad_q.flatten(0, 1)),
         *_rows(grad_k.flatten(0, 1)),
         *_rows(grad_v),
@@ -160,7 +160,7 @@ def register_kernel() -> None:
     )
     define(
         "written_linear_attention_backward",
-        f"Tensor grad, Tensor grad_final, {tensors}, {around}, Tensor kept, bool erases"
+        f"Tensor grad, Tensor? grad_final, {tensors}, {around}, Tensor kept, bool erases"
         f" -> ({', '.join(['Tensor'] * 7)})",
         {"cpu": linear_attention_backward},
         _fake_backward,
@@ -176,16 +176,18 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 def _fake_backward(
     grad: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     dt: Tensor | None,
     D: Tensor | None,
+    start: Tensor | None,
+    kept: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    wanted = (q, k, v, log_decay, grad_final, dt, D)
+    wanted = (q, k, v, log_decay, kept[0], dt, D)
     return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
 
 
@@ -193,10 +195,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.erases, _, ctx.backend = inputs
     ctx.initial = tensors.pop(4) is not None
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
 
 
-def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    if grad is None:
+        grad = torch.zeros_like(saved[2])
     gradients = torch.ops.longstate.written_linear_attention_backward(grad, grad_final, *saved, ctx.erases, ctx.backend)
     _, _, _, log_decay, dt, D, *_ = saved
     there = (True, True, True, log_decay is not None, ctx.initial, dt is not None, D is not None)

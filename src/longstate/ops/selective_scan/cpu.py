@@ -60,7 +60,7 @@ def selective_scan(
 
 def selective_scan_backward(
     grad: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -82,7 +82,7 @@ def selective_scan_backward(
     n = A.shape[1]
     pieces = -(-width // native.kernels.PIECE)
     given = _Given(u, dt, A, B, C, D, None, gate, dt_bias, elapsed, start)
-    grad, grad_final, kept = native.in_rows(grad), grad_final.contiguous(), kept.contiguous()
+    grad, grad_final, kept = native.in_rows(grad), native.side_by_side(grad_final), kept.contiguous()
     grad_u, grad_dt = native.empty(u.shape, u.dtype), native.empty(dt.shape, dt.dtype)
     grad_gate = None if gate is None else native.empty(gate.shape, gate.dtype)
     grad_A, grad_initial = torch.empty(batch, width, n), torch.empty(batch, width, n)
@@ -95,7 +95,7 @@ def selective_scan_backward(
         0,
         kept.data_ptr(),
         *native.rows(grad),
-        grad_final.data_ptr(),
+        native.address(grad_final),
         *native.rows(grad_u),
         *native.rows(grad_dt),
         *native.rows(grad_gate),
@@ -170,7 +170,7 @@ def register_kernel() -> None:
     )
     define(
         "gated_selective_scan_backward",
-        f"Tensor grad, Tensor grad_final, {tensors}, {around}, Tensor kept, {flags} -> ({', '.join(['Tensor'] * 10)})",
+        f"Tensor grad, Tensor? grad_final, {tensors}, {around}, Tensor kept, {flags} -> ({', '.join(['Tensor'] * 10)})",
         {"cpu": selective_scan_backward},
         _fake_backward,
     )
@@ -185,7 +185,7 @@ def _fake(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 def _fake_backward(
     grad: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -195,9 +195,11 @@ def _fake_backward(
     gate: Tensor | None,
     dt_bias: Tensor | None,
     elapsed: Tensor | None,
+    start: Tensor | None,
+    kept: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    wanted = (u, dt, A, B, C, D, grad_final, gate, dt_bias, elapsed)
+    wanted = (u, dt, A, B, C, D, kept[0], gate, dt_bias, elapsed)
     return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
 
 
@@ -205,10 +207,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.dt_softplus, ctx.log_A, _, ctx.backend = inputs
     ctx.initial = tensors.pop(6) is not None
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
 
 
-def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(saved[0])
     gradients = torch.ops.longstate.gated_selective_scan_backward(
         grad, grad_final, *saved, ctx.dt_softplus, ctx.log_A, ctx.backend
     )
