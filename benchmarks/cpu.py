@@ -363,22 +363,27 @@ def peak_memory(folder: Path, length: int) -> int:
 
 
 def import_(run: Run) -> None:
-    """Import in fresh processes."""
+    """Import in fresh processes, from bytecode as an installed package has it, and from text."""
     print("### import longstate beyond import torch\n")
-    command = [sys.executable, "-c", IMPORTS]
-    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(run.repeats + 1)]
-    first, then = zip(*(map(float, x.split()) for x in found[1:]), strict=True)
-    table(("", "seconds"), ("import torch", spread(first, 3)), ("import longstate, after it", spread(then, 3)))
+    # The round that does not count writes the bytecode where there is none yet, unless the environment forbids it.
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+    def imported(code: str) -> float:
+        command = [sys.executable, "-c", IMPORTS.format(code)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True, env=here).stdout)
+
+    titles = {
+        "import torch": "import torch",
+        "import torch; begin = now(); import longstate": "import longstate, after it",
+        f"import torch; {FROM_TEXT}; begin = now(); import longstate": "the same where Python has kept no bytecode",
+    }
+    times = rounds({title: partial(imported, code) for code, title in titles.items()}, run.repeats)
+    table(("", "seconds"), *((title, spread(seconds, 3)) for title, seconds in times.items()))
 
 
-IMPORTS = """
-from time import perf_counter as now
-times = [now()]
-import torch
-times.append(now())
-import longstate
-print(times[1] - times[0], now() - times[1])
-"""
+IMPORTS = "from time import perf_counter as now; begin = now(); {}; print(now() - begin)"
+# In an empty folder nothing is found, and nothing is written there either.
+FROM_TEXT = "import sys; sys.pycache_prefix, sys.dont_write_bytecode = '/nonexistent', True"
 PARTS = {part.__name__.rstrip("_"): part for part in (prefill, decode, train, mamba2, scan, length, import_)}
 
 
