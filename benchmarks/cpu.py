@@ -16,32 +16,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from peers import LlamaCpp, Longstate, Transformers, missing, parameters, versions
+from measure import difference, memory, peak, ratio, read_bandwidth, rounds, spread, table, timed, weight_bytes
+from peers import LlamaCpp, Longstate, Transformers, opened, parameters, random_tokens, versions
 from torch.nn import functional
 
 import longstate
 from longstate import native, ops
 
 LAYERS = {"mamba": {"mixer": "mamba"}, "mamba2": {"mixer": "mamba2", "d_state": 128, "head_dim": 64}}
-# Largest difference from ours in float32, as a share of the largest number: beyond it, it is another model. Much
-# cancels in the gradients of decays, which are sums over time.
-TOLERANCE = {"float32": 2e-5, "f32": 2e-5, "f16": 2e-3, "bfloat16": 2e-2, "int8": 1e-1, "gradient": 2e-4}
 
 
 class Sizes(NamedTuple):
@@ -75,71 +68,6 @@ class Run(NamedTuple):
         return folder
 
 
-def rounds(
-    contenders: Mapping[Any, Callable[[], float | None]], repeats: int, once: Sequence[object] = ()
-) -> dict[Any, list[float]]:
-    """Measure all in turn; a contender returns what it measured, or None: then it is the seconds that it took."""
-    times: dict[Any, list[float]] = {name: [] for name in contenders}
-    for i in range(-1, repeats):
-        for name, call in contenders.items():
-            if i >= 0 if name not in once else i == 0:
-                begin = time.perf_counter()
-                measured = call()
-                times[name].append(time.perf_counter() - begin if measured is None else measured)
-            elif name not in once:
-                call()
-    return times
-
-
-def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Return the median, the least and the most."""
-    values = sorted(values)
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f} (once)"
-    return f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f}–{values[-1]:.{digits}f})"
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Return the median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=False))
-
-
-def table(*rows: Sequence[object]) -> None:
-    """Print a Markdown table, the head first."""
-    head, *body = rows
-    for row in (head, ["---"] * len(head), *body):
-        print("| " + " | ".join(map(str, row)) + " |")
-    print(flush=True)
-
-
-def difference(found: torch.Tensor, ours: torch.Tensor, dtype: str) -> str:
-    """Return max |found − ours| / max |ours|, and refuse if it is not the same function."""
-    value = float((found.float() - ours.float()).abs().max() / ours.float().abs().max())
-    if not value <= TOLERANCE[dtype]:
-        raise SystemExit(f"not the same outputs: they differ by {value:.2g} in {dtype}")
-    return f"{value:.1e}"
-
-
-def opened(run: Run, name: str, peers: Sequence[tuple[str, str]], longest: int) -> tuple[dict, list[list[str]]]:
-    """Return (name, type) → model of those that can be had, and rows that say why others cannot."""
-    folder, found, absent = run.model(name), {}, []
-    for peer, dtype in peers:
-        if why := missing(peer, dtype):
-            absent.append([peer, dtype, why])
-        elif peer == "Longstate":
-            found[peer, dtype] = Longstate(folder, dtype)
-        elif peer == "llama.cpp":
-            found[peer, dtype] = LlamaCpp(folder, dtype, longest)
-        else:
-            found[peer, dtype] = Transformers(folder, dtype, mambapy=peer == "mambapy")
-    return found, absent
-
-
-def random_tokens(batch: int, length: int) -> torch.Tensor:
-    """Return the same tokens every time."""
-    return torch.randint(50280, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
 def prefill(run: Run, name: str = "mamba", narrow: bool = True) -> None:
     """Read a text from the initial state: logits of all tokens, or of the last alone."""
     length = run.sizes.prefill
@@ -147,7 +75,7 @@ def prefill(run: Run, name: str = "mamba", narrow: bool = True) -> None:
     dtypes = ("float32", "bfloat16") if narrow else ("float32",)
     peers = [(who, dtype) for dtype in dtypes for who in ("Longstate", "transformers")]
     peers += [("llama.cpp", "f32"), ("llama.cpp", "f16")] if narrow else []
-    models, absent = opened(run, name, peers, max(length, 512))
+    models, absent = opened(run.model(name), peers, max(length, 512))
     tokens, rows = random_tokens(1, length), []
     for logits, last in (("all", False), ("last", True)):
         ours = models["Longstate", "float32"].prefill(tokens, last)
@@ -161,49 +89,6 @@ def prefill(run: Run, name: str = "mamba", narrow: bool = True) -> None:
     table(head, *rows, *([*row[:2], "", row[2], "", ""] for row in absent))
 
 
-def timed(call: Callable[..., object], *arguments: object) -> Callable[[], None]:
-    """Return a call that gives nothing back, so that the time it takes is what is measured."""
-
-    def measured() -> None:
-        call(*arguments)
-
-    return measured
-
-
-def read_bandwidth(buffer: mmap.mmap) -> float:
-    """Return the bytes a second at which a buffer is read, by the fastest of several ways."""
-    x = torch.frombuffer(buffer, dtype=torch.float32)
-    ones, total, pieces = torch.ones(8192), torch.empty(1), np.array_split(x.numpy(), 8)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        ways: list[Callable[[], object]] = [
-            x.sum,
-            partial(torch.mv, x.view(-1, 8192), ones),
-            partial(torch.dot, x, x),
-            lambda: list(pool.map(np.max, pieces)),
-        ]
-        if native.kernels is not None:
-            numbers = (x.data_ptr(), x.numel(), torch.get_num_threads(), total.data_ptr())
-            ways.append(partial(native.kernels.read_memory, *numbers))
-        return len(buffer) / min(min(x) for x in rounds(dict(enumerate(map(timed, ways))), 2).values())
-
-
-def memory(size: int) -> mmap.mmap:
-    """Return so much memory, all pages present, in huge ones where there are."""
-    buffer = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    torch.frombuffer(buffer, dtype=torch.float32).fill_(1)
-    return buffer
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the weights that a token reads: of an embedding only what the head shares with it."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    for name in ("weight", "quantized", "scale"):
-        tensors.pop(f"backbone.embedding.{name}", None)
-    return sum(x.numel() * x.element_size() for x in tensors.values())
-
-
 def decode(run: Run, name: str = "mamba", narrow: bool = True) -> None:
     """Read one token at a time, beside the time that reading the weights takes."""
     steps = run.sizes.steps
@@ -211,7 +96,7 @@ def decode(run: Run, name: str = "mamba", narrow: bool = True) -> None:
     dtypes = ("float32", "bfloat16") if narrow else ("float32",)
     peers = [(who, dtype) for dtype in dtypes for who in ("Longstate", "transformers")]
     peers += [("Longstate", "int8"), ("llama.cpp", "f32"), ("llama.cpp", "f16")] if narrow else []
-    models, absent = opened(run, name, peers, 512)
+    models, absent = opened(run.model(name), peers, 512)
     wide = [(*key, 4) for key in models if narrow and key[0] == "Longstate"]
     tokens, checks, contenders = random_tokens(4, 8), {}, {}
     ours = models["Longstate", "float32"].prefill(tokens, True)
@@ -251,7 +136,7 @@ def train(run: Run, name: str = "mamba") -> None:
     length = run.sizes.train
     print(f"### {name}: training step of {length} tokens, forward and backward, float32\n")
     peers = ("Longstate", "transformers", *(["mambapy"] if name == "mamba" else []))
-    models, absent = opened(run, name, [(peer, "float32") for peer in peers], length)
+    models, absent = opened(run.model(name), [(peer, "float32") for peer in peers], length)
     tokens = random_tokens(1, length + 1)
 
     def step(peer: Longstate | Transformers) -> float:
@@ -260,7 +145,8 @@ def train(run: Run, name: str = "mamba") -> None:
         begin = time.perf_counter()
         output = model(tokens[:, :-1])
         logits = output[0] if isinstance(peer, Longstate) else output.logits
-        functional.cross_entropy(logits[0], tokens[0, 1:]).backward()
+        # Not logits[0], whose gradient fills a tensor with zeros first, on all sides.
+        functional.cross_entropy(logits.flatten(0, 1), tokens[0, 1:]).backward()
         return time.perf_counter() - begin
 
     slow = [key for key in models if key[0] == "transformers"] if name == "mamba" else []
@@ -349,12 +235,6 @@ def peaks(run: Run) -> list[tuple[object, ...]]:
 
 def peak_memory(folder: Path, length: int) -> int:
     """Return the bytes that reading so many tokens adds to the peak of resident memory."""
-
-    def peak() -> int:
-        # Not getrusage: a process begins with its parent's peak there.
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-
     model = Longstate(folder, "float32")
     model.prefill(random_tokens(1, 64), True)
     before = peak()
@@ -363,22 +243,27 @@ def peak_memory(folder: Path, length: int) -> int:
 
 
 def import_(run: Run) -> None:
-    """Import in fresh processes."""
+    """Import in fresh processes, from bytecode as an installed package has it, and from text."""
     print("### import longstate beyond import torch\n")
-    command = [sys.executable, "-c", IMPORTS]
-    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(run.repeats + 1)]
-    first, then = zip(*(map(float, x.split()) for x in found[1:]), strict=True)
-    table(("", "seconds"), ("import torch", spread(first, 3)), ("import longstate, after it", spread(then, 3)))
+    # The round that does not count writes the bytecode where there is none yet, unless the environment forbids it.
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+    def imported(code: str) -> float:
+        command = [sys.executable, "-c", IMPORTS.format(code)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True, env=here).stdout)
+
+    titles = {
+        "import torch": "import torch",
+        "import torch; begin = now(); import longstate": "import longstate, after it",
+        f"import torch; {FROM_TEXT}; begin = now(); import longstate": "the same where Python has kept no bytecode",
+    }
+    times = rounds({title: partial(imported, code) for code, title in titles.items()}, run.repeats)
+    table(("", "seconds"), *((title, spread(seconds, 3)) for title, seconds in times.items()))
 
 
-IMPORTS = """
-from time import perf_counter as now
-times = [now()]
-import torch
-times.append(now())
-import longstate
-print(times[1] - times[0], now() - times[1])
-"""
+IMPORTS = "from time import perf_counter as now; begin = now(); {}; print(now() - begin)"
+# In an empty folder nothing is found, and nothing is written there either.
+FROM_TEXT = "import sys; sys.pycache_prefix, sys.dont_write_bytecode = '/nonexistent', True"
 PARTS = {part.__name__.rstrip("_"): part for part in (prefill, decode, train, mamba2, scan, length, import_)}
 
 

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,3 +206,23 @@ def silent() -> Iterator[None]:
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return a model's parameters by one set of names."""
     return {name.replace(".embeddings.", ".embedding."): p for name, p in model.named_parameters()}
+
+
+def opened(folder: Path, peers: Sequence[tuple[str, str]], longest: int) -> tuple[dict, list[list[str]]]:
+    """Return (name, type) → model of those that can be had, and rows that say why others cannot."""
+    found, absent = {}, []
+    for peer, dtype in peers:
+        if why := missing(peer, dtype):
+            absent.append([peer, dtype, why])
+        elif peer == "Longstate":
+            found[peer, dtype] = Longstate(folder, dtype)
+        elif peer == "llama.cpp":
+            found[peer, dtype] = LlamaCpp(folder, dtype, longest)
+        else:
+            found[peer, dtype] = Transformers(folder, dtype, mambapy=peer == "mambapy")
+    return found, absent
+
+
+def random_tokens(batch: int, length: int) -> torch.Tensor:
+    """Return the same tokens every time."""
+    return torch.randint(50280, (batch, length), generator=torch.Generator().manual_seed(1))

@@ -171,3 +171,20 @@ def test_the_package_imports_without_the_extras() -> None:
     code = f"import sys, longstate; print(*sorted(set({optional}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
+
+
+def test_the_package_imports_no_more_than_it_needs() -> None:
+    """What an import costs is how much of Python it reads: no tables of families, no development dependency though it
+    be installed, and nothing of torch that `import torch` leaves out."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import longstate
+found = set(sys.modules) - before
+print(*sorted(x for x in found if x.split(".")[0] not in {"longstate", "numpy", "safetensors", "sysconfig"}))
+print(*sorted(x for x in found if x.startswith("longstate.checkpoints.families.") and not x.endswith("._family")))
+from longstate.checkpoints.families import FAMILIES
+print(len(FAMILIES), longstate.checkpoints.families.FAMILIES is FAMILIES)
+"""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "\n\n11 True\n", "")

@@ -10,12 +10,13 @@ Letters, in the order in which axes appear:
     g     groups of heads that share keys (or queries)            p      channels of a head (``head_dim``)
     v     entries of the vocabulary
 
-``Float[Tensor, "b t d"]`` is jaxtyping's notation. Annotations are checked at run time under test only; without
-jaxtyping (it is a development dependency) they are plain ``Tensor``.
+``Float[Tensor, "b t d"]`` is jaxtyping's notation. Annotations are checked at run time under test only, by an import
+hook of jaxtyping's; where jaxtyping (a development dependency) was not imported before, they are plain ``Tensor``.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
     from jaxtyping import Inexact as Inexact
     from jaxtyping import Int as Int
     from jaxtyping import Shaped as Shaped
+elif "jaxtyping" in sys.modules:  # not merely installed: nothing else of it is used, and its import takes 10 ms
+    from jaxtyping import Bool, Float, Inexact, Int, Shaped
 else:
-    try:
-        from jaxtyping import Bool, Float, Inexact, Int, Shaped
-    except ModuleNotFoundError:
 
-        class _Plain:
-            def __class_getitem__(cls, item: Any) -> Any:
-                return item[0]
+    class _Plain:
+        def __class_getitem__(cls, item: Any) -> Any:
+            return item[0]
 
-        Bool = Float = Inexact = Int = Shaped = _Plain
+    Bool = Float = Inexact = Int = Shaped = _Plain
 
 __all__ = ["Bool", "Float", "Inexact", "Int", "Shaped", "Tensor"]

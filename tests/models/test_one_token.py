@@ -142,20 +142,57 @@ def test_who_looks_on_gets_the_blocks_own_lines(monkeypatch: pytest.MonkeyPatch)
         assert not taken
 
 
-def test_a_hook_anywhere_in_a_program_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+class Instead:
+    """A forward of its own for one module, as who patches a model gives it."""
+
+    def __init__(self, module: nn.Module, see: Any) -> None:
+        self.module, own = module, module.forward
+        module.forward = lambda *given: (see(), own(*given))[1]
+
+    def remove(self) -> None:
+        del self.module.forward
+
+
+def instead_and_elsewhere(module: nn.Module, see: Any) -> Instead:
+    nn.Identity().register_forward_hook(see)  # then hooks are looked for, and not patches alone
+    return Instead(module, see)
+
+
+LOOKING: dict[str, Any] = {
+    "after": lambda module, see: module.register_forward_hook(see),
+    "before": lambda module, see: module.register_forward_pre_hook(see),
+    "instead": Instead,
+    "instead, with a hook elsewhere": instead_and_elsewhere,
+}
+
+
+@pytest.mark.parametrize("look", LOOKING.values(), ids=LOOKING)
+def test_a_hook_anywhere_in_a_program_is_called(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is put on a model that has just run as a program, and gone when that runs as one again."""
     model, x, state = case(1)
-    for module in model.layers.modules():
-        if module is model.layers:  # a list, which nobody calls
+    for module in model.modules():
+        if module is model.layers or module is model:  # a list, which nobody calls, and what calls programs
             continue
         seen: list[int] = []
         with torch.no_grad(), programs_run(monkeypatch) as taken:
             model(x, state)
-            hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            hook = look(module, lambda *_, seen=seen: seen.append(1))
             model(x, state)
             hook.remove()
             model(x, state)
-        assert len(seen) == 1 and len(taken) == 2 + 1 + 2, type(module)
+        assert len(seen) == 1 and len(taken) == 2 + (2 if module is model.norm_f else 1) + 2, type(module)
+
+
+def test_a_hook_on_all_modules_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, state = case(1)
+    seen: list[nn.Module] = []
+    with torch.no_grad(), programs_run(monkeypatch) as taken:
+        model(x, state)
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        model(x, state)
+        hook.remove()
+        model(x, state)
+    assert set(seen) == set(model.modules()) - {model.layers} and len(taken) == 4
 
 
 def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +226,25 @@ def test_ops_compile_and_export(make: Callable[..., Any], kind: str) -> None:
     assert largest_error(list(got), list(wanted)) < 1e-12
     exported = torch.export.export(Module(), (tensors,)).module()(tensors)
     assert largest_error(list(exported), list(wanted)) < 1e-12
+
+
+@pytest.mark.compiled
+def test_another_process_runs_an_exported_program(tmp_path: Path) -> None:
+    """It knows ops by their names only, which `import longstate` must have registered; a gradient's node is made when
+    it is first asked for, there and not before."""
+
+    class Module(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return ops.scan(a, b)[0]
+
+    a, b = torch.rand(1, 5, 3).requires_grad_(), torch.randn(1, 5, 3)
+    (gradient,) = torch.autograd.grad(ops.scan(a, b)[0].sum(), a)
+    torch.export.save(torch.export.export(Module(), (a, b)), tmp_path / "scan.pt2")
+    code = f"""
+import torch, longstate
+a, b = torch.tensor({a.tolist()}).requires_grad_(), torch.tensor({b.tolist()})
+module = torch.export.load({str(tmp_path / "scan.pt2")!r}).module()
+print(torch.autograd.grad(module(a, b).sum(), a)[0].tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(gradient.tolist())

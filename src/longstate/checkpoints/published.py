@@ -16,11 +16,11 @@ from torch import nn
 from .._errors import nearest
 from .._files import replacing
 from ..models import LanguageModel
-from . import native
+from . import families, native
 from ._fill import fill, gather
 from ._options import Options
 from ._tensors import has_weights, open_tensors, read_json
-from .families import FAMILIES, Family
+from .families import Family
 
 # What goes with a model without being part of it.
 COMPANIONS = (
@@ -109,7 +109,7 @@ def save(
     if family is None:
         native.save(model, folder)
         return
-    writing = {name: one for name, one in FAMILIES.items() if one.write is not None}
+    writing = {name: one for name, one in families.FAMILIES.items() if one.write is not None}
     if family not in writing:
         raise ValueError(f"save(family={family!r}): no such family to write.{nearest(family, writing)}")
     chosen = writing[family]
@@ -139,7 +139,7 @@ def recognise(folder: Path, allow_pickle: bool = False) -> tuple[Family | None, 
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder. A model is a folder with a configuration and weights.")
-    names = [native.CONFIG, *(family.config for family in FAMILIES.values() if family.config != native.CONFIG)]
+    names = [native.CONFIG, *(family.config for family in families.FAMILIES.values() if family.config != native.CONFIG)]
     here = [name for name in names if (folder / name).exists()]
     if len(here) > 1 and not has_weights(folder, allow_pickle):
         here = here[1:]  # weights of another layout, beside a configuration whose own were not fetched
@@ -149,13 +149,13 @@ def recognise(folder: Path, allow_pickle: bool = False) -> tuple[Family | None, 
     config = read_json(path, native.LARGEST_CONFIG)
     if native.is_ours(config):
         return None, path, config
-    for family in sorted(FAMILIES.values(), key=lambda one: bool(one.keys)):  # what says its name goes first
+    for family in sorted(families.FAMILIES.values(), key=lambda one: bool(one.keys)):  # what says its name goes first
         if family.config == path.name and family.recognises(config):
             _refuse_quantised(path, config)
             return family, path, config
-    known = [name for name, family in FAMILIES.items() if not family.keys]
+    known = [name for name, family in families.FAMILIES.items() if not family.keys]
     kind = config.get("model_type")
-    hint = nearest(kind, known) if isinstance(kind, str) else f" Known: {', '.join(FAMILIES)}."
+    hint = nearest(kind, known) if isinstance(kind, str) else f" Known: {', '.join(families.FAMILIES)}."
     raise ValueError(f"{path}: model_type {kind!r:.100} is no family that we read.{hint}")
 
 

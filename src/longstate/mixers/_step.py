@@ -52,7 +52,6 @@ class Watch:
         self._hooks: list[Any] = []
         self._own: list[dict[str, Any]] = []
         self._tensors: list[Tensor] = []
-        self.remember()
 
     def see(self, owner: dict[str, Any], name: str) -> Any:
         """Return an entry of a module's dictionaries."""
@@ -74,11 +73,10 @@ class Watch:
             for leaf in kept:
                 if self.see(kept, leaf) is not None:
                     self._tensors.append(kept[leaf])
-        if looked_at(module) or not all(
-            x is None or (x.is_cpu and x.is_contiguous() and unobserved(x))
-            for kept in (module._parameters, module._buffers)
-            for x in kept.values()
-        ):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if looked_at(module) or not all(x is None or (x.is_cpu and unobserved(x)) for x in tensors):
+            raise _program.Unfit
+        if any(isinstance(x, Tensor) for x in vars(module).values()):  # in the place of a parameter, but not watched
             raise _program.Unfit
         return module
 

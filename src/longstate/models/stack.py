@@ -35,6 +35,8 @@ class Block(nn.Module):
     r ← r + m · mixer(norm(r));    r ← r + m · mlp(norm2(r))
     """
 
+    is_sum = True  # of its input with these; not so of every class made from it
+
     def __init__(
         self, mixer: Mixer | None, mlp: nn.Module | None, norm: Callable[[], RMSNorm], residual_multiplier: float
     ) -> None:

@@ -152,11 +152,13 @@ struct Add {
 };
 
 // S_t = diag(e^(g_t)) S_(t-1) + k_t (dt_t v_t)^T,  y_t = S_t^T q_t + D v_t; heads h share groups g of queries and keys.
-// If it erases (the delta rule), v_t - (diag(e^(g_t)) S_(t-1))^T k_t stands for the v_t that is written; there is no D then.
+// If it erases (the delta rule), v_t - (diag(e^(g_t)) S_(t-1))^T k_t stands for the v_t that is written: what the state
+// holds at the key is taken away first. There is no D then.
 struct LinearAttention {
     int64_t batch, length, groups, heads, keys, values;
     int64_t channels;        // of the log decay, to a head: none, one or `keys`
-    int64_t skips, erases;   // numbers of D, to a head: one or `values`
+    int64_t skips;           // numbers of D, to a head: one for all its values, or `values`; one if D is absent
+    int64_t erases;          // whether it erases: 1 or 0
     int64_t tile, threads;   // tile: steps between kept states
     Rows q, k, v;            // [b t (g k)] [b t (g k)] [b t (h p)]
     Rows decay, dt, D;       // [b t (h channels)] [b t h] [1 1 (h skips)]; may be absent

@@ -143,14 +143,15 @@ NB_MODULE(_native, m) {
         if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
     });
-#define BINDING(name, Arguments)                                            \
-    m.def(#name, [](const nb::args& given) {                                \
-        constexpr size_t count = sizeof(Arguments) / 8;                     \
-        check_count(#name, given.size(), count);                            \
-        int64_t words[count];                                               \
-        for (size_t i = 0; i < count; i++) words[i] = word(PyTuple_GET_ITEM(given.ptr(), i)); \
-        nb::gil_scoped_release unlocked;                                    \
-        call(words, kernels->name);                                         \
+#define BINDING(name, Arguments)                               \
+    m.def(#name, [](const nb::args& given) {                   \
+        constexpr size_t count = sizeof(Arguments) / 8;        \
+        check_count(#name, given.size(), count);               \
+        int64_t words[count];                                  \
+        for (size_t i = 0; i < count; i++)                     \
+            words[i] = word(PyTuple_GET_ITEM(given.ptr(), i)); \
+        nb::gil_scoped_release unlocked;                       \
+        call(words, kernels->name);                            \
     });
     LONGSTATE_KERNELS(BINDING)
 #undef BINDING

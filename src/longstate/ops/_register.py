@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._library import autograd
 from torch.autograd import forward_ad
 
 from .. import native
@@ -63,7 +64,21 @@ def register(
     name = computes or op
     _BACKENDS[name] = (*forward, *_BACKENDS.get(name, ()))
     define(op, schema, forward, fake)
-    torch.library.register_autograd(f"longstate::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+    _differentiate(op, backward, setup_context)
+
+
+def _differentiate(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Register a backward pass as ``torch.library.register_autograd`` does, but make what it registers when the op is
+    first used: that takes a millisecond and a hundred objects an op, and most programs use few of them."""
+    made: list[Callable[..., Any]] = []
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if not made:
+            node = getattr(torch.ops.longstate, op).default
+            made.append(autograd.make_autograd_impl(node, autograd.Info(backward, setup_context)))
+        return made[0](keyset, *arguments)
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
 
 
 def define(op: str, schema: str, forward: dict[str, Callable[..., Any]], fake: Callable[..., Any]) -> None:
