@@ -232,6 +232,25 @@ def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             last = got
 
 
+def test_other_views_of_the_same_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight multiplies as it stands, and what has lost rows is met by the op's own error."""
+    model, x, state = case(1, expand=1)
+    mixer = model.layers[0].mixer
+    with torch.no_grad():
+        model(x, state)
+        mixer.out_proj.weight.data = mixer.out_proj.weight.data.mT
+        got = model(x, state)[0]
+        with programs_run(monkeypatch, run=False):
+            torch.testing.assert_close(got, model(x, state)[0])
+        mixer.out_proj.weight.data = mixer.out_proj.weight.data.mT
+        with programs_run(monkeypatch) as taken:
+            model(x, state)
+        assert len(taken) == 2
+        mixer.D.data = mixer.D.data[:1]
+        with pytest.raises(Exception, match="D"):
+            model(x, state)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_layers_that_are_no_programs_run_between_them(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if what somebody who looks at their calls gives back is of another type."""

@@ -41,7 +41,7 @@ def short(p: Program, x: Place, window: torch.dtype = FLOAT, **given: Any) -> An
 
 def scan(p: Program, x: Place, state: torch.dtype = FLOAT, **given: Any) -> Any:
     B, C = p.given(5, x.dtype), p.given(5, x.dtype)
-    rest = {"A_log": t(8, 5), "D": t(8)} | given
+    rest = {"dt_bias": t(8), "A_log": t(8, 5), "D": t(8)} | given
     return p.selective_scan(x, x, B=B, C=C, gate=x, state=p.carried(state), **rest)
 
 
@@ -101,6 +101,13 @@ UNFIT: list[Callable[[Program, Place], Any]] = [
     lambda p, x: attention(p, x, t(2, dtype=DOUBLE)),
     lambda p, x: attention(p, x, strided(2)),
     lambda p, x: attention(p, x, t(2), NARROW),
+    lambda p, x: linear(p, x, bias=t(7)),
+    lambda p, x: norm(p, x, t(7)),
+    lambda p, x: short(p, x, weight=t(7, 4), bias=t(7)),
+    lambda p, x: scan(p, x, dt_bias=t(7), A_log=t(7, 5), D=t(7)),
+    lambda p, x: scan(p, x, A_log=t(8, 4)),
+    lambda p, x: steps(p, x, bias=t(7), A_log=t(7)),
+    lambda p, x: attention(p, x, t(3)),
 ]
 
 

@@ -6,6 +6,7 @@ program.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 from operator import contains, eq, is_
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from ._parts import RMSNorm, looked_at, product_of, taps_of
 
 Value = TypeVar("Value")
 
+# What tells a tensor's memory from another's, and from other views of the same.
+_MEMORY: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
 _NORM = ("eps", "groups", "offset", "norm_before_gate")
 
 
@@ -42,7 +45,7 @@ class Watch:
 
     It is asked for every token and all layers, when the weights have just passed through the caches: so these are
     lists beside each other, over which nothing but C loops. A tensor is the same if it is the same object at the same
-    address.
+    address, as large, and contiguous if it was.
     """
 
     def __init__(self) -> None:
@@ -83,7 +86,7 @@ class Watch:
     def remember(self) -> None:
         """Take what is there now for what is to stay."""
         self._registered, self._found = RemovableHandle.next_id, self._find()
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._memory = [list(map(ask, self._tensors)) for ask in _MEMORY]
 
     def nbytes(self) -> int:
         """Return the size of all tensors."""
@@ -98,7 +101,9 @@ class Watch:
         elif any(map(contains, self._own, repeat("forward"))):
             return False
         same = all(map(is_, map(dict.get, self._owners, self._names), self._values))
-        return same and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
+        return same and all(
+            all(map(eq, map(ask, self._tensors), found)) for ask, found in zip(_MEMORY, self._memory, strict=True)
+        )
 
     def _find(self) -> list[bool]:
         return [bool(_global_hooks()), *map(bool, self._hooks), *map(contains, self._own, repeat("forward"))]

@@ -116,6 +116,7 @@ class Program:
         floats = [y for y in (bias, scale) if y is not None]
         self._expect(
             x.width == inputs,
+            bias is None or bias.shape == (outputs,),
             weight.dtype is (x.dtype if scale is None else torch.int8),
             bias is None or dtype is not None or bias.dtype is x.dtype,
             *(y.is_contiguous() for y in (weight, *floats)),
@@ -141,7 +142,8 @@ class Program:
         last: bool = False,
     ) -> Place:
         """Add ``ops.rms_norm``; if it is the last, a run is given the address of its result."""
-        self._expect(weight is None or (weight.dtype in TYPES and weight.is_contiguous()))
+        fits = weight is None or (weight.dtype in TYPES and weight.is_contiguous() and weight.shape == (x.width,))
+        self._expect(fits)
         y = (self.given if last else self._place)(x.width, x.dtype if weight is None else weight.dtype)
         rounded = rounds(weight, gate is not None and norm_before_gate, offset)
         self._add(
@@ -163,6 +165,7 @@ class Program:
         width, taps = weight.shape
         kinds = {u.dtype, window.dtype, weight.dtype, u.dtype if bias is None else bias.dtype}
         contiguous = weight.is_contiguous() and (bias is None or bias.is_contiguous())
+        self._expect(width == u.width, bias is None or bias.shape == (width,))
         self._expect(kinds == {u.dtype}, contiguous, taps <= native.kernels.MOST_TAPS)
         y = self._place(width, u.dtype)
         rows = ((taps - 1) * width, width, u.dtype is torch.bfloat16)
@@ -189,6 +192,8 @@ class Program:
         kept = [x for x in (dt_bias, A_log, D) if x is not None]
         self._expect(*(x.dtype in TYPES and x.is_contiguous() for x in kept), state.dtype is torch.float32)
         width, states = A_log.shape
+        self._expect(*(x.width == width for x in (u, dt, gate)), *(x.shape == (width,) for x in kept if x is not A_log))
+        self._expect(B.width == C.width == states)
         y = self._place(width, u.dtype)
         self._add(
             "selective_scan",
@@ -215,7 +220,7 @@ class Program:
         limit: tuple[float, float],
     ) -> tuple[Place, Place]:
         """Add Δ = clamp(softplus(x + bias)) and the log decay −Δ e^{A_log} of each head."""
-        self._expect(*(y.dtype in TYPES and y.is_contiguous() for y in (bias, A_log)))
+        self._expect(*(y.dtype in TYPES and y.is_contiguous() and y.shape == (x.width,) for y in (bias, A_log)))
         step, decay = (self._place(x.width, torch.float32) for _ in range(2))
         given = (*x.rows, *native.vector(bias), *native.vector(A_log), *step.rows, *decay.rows)
         self._add("head_steps", self.batch, x.width, *map(float, limit), *given)
@@ -233,7 +238,9 @@ class Program:
         state: Carried,
     ) -> Place:
         """Add ``ops.linear_attention`` with a decay and Δ for each head; its state is ``[b h k p]``."""
-        self._expect(D.dtype in TYPES and D.is_contiguous(), state.dtype is torch.float32)
+        self._expect(
+            D.dtype in TYPES and D.is_contiguous(), len(D) in (dt.width, v.width), state.dtype is torch.float32
+        )
         heads, y = dt.width, self._place(v.width, v.dtype)
         sizes = (self.batch, 1, groups, heads, q.width // groups, v.width // heads, 1, len(D) // heads, False, STEPS)
         rows = (*q.rows, *k.rows, *v.rows, *log_decay.rows, *dt.rows, *native.vector(D))
