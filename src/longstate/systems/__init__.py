@@ -1,8 +1,40 @@
-"""Linear systems as plain float64 matrices: HiPPO measures and discretisation."""
+"""Linear systems as plain float64 matrices: HiPPO, discretisation, structure, responses, reduction, realisation."""
 
+from .discretization import RULES as RULES
+from .discretization import asynchronous as asynchronous
+from .discretization import backward_euler as backward_euler
 from .discretization import bilinear as bilinear
+from .discretization import dirac as dirac
+from .discretization import discretize as discretize
+from .discretization import euler as euler
+from .discretization import generalised_bilinear as generalised_bilinear
+from .discretization import scale_invariant_step as scale_invariant_step
 from .discretization import zoh as zoh
+from .hippo import MEASURES as MEASURES
+from .hippo import NPLR as NPLR
 from .hippo import DiagonalSystem as DiagonalSystem
+from .hippo import Measure as Measure
 from .hippo import diagonal_modes as diagonal_modes
+from .hippo import foud as foud
+from .hippo import fourier_decay as fourier_decay
+from .hippo import fout as fout
+from .hippo import generalised_lagt as generalised_lagt
+from .hippo import lagt as lagt
 from .hippo import legs as legs
 from .hippo import legs_normal as legs_normal
+from .hippo import legsd as legsd
+from .hippo import legt as legt
+from .hippo import lmu as lmu
+from .hippo import normal_plus_low_rank as normal_plus_low_rank
+from .hippo import nplr as nplr
+from .hippo import tilted_lagt as tilted_lagt
+from .state_space import StateSpace as StateSpace
+from .structured import DPLR as DPLR
+from .structured import Companion as Companion
+from .structured import Dense as Dense
+from .structured import Diagonal as Diagonal
+from .structured import Oscillators as Oscillators
+from .structured import Shift as Shift
+from .structured import Structure as Structure
+from .structured import krylov as krylov
+from .structured import step as step
