@@ -1,5 +1,9 @@
 """Linear systems as plain float64 matrices: HiPPO, discretisation, structure, responses, reduction, realisation."""
 
+from .conversion import from_control as from_control
+from .conversion import from_scipy as from_scipy
+from .conversion import to_control as to_control
+from .conversion import to_scipy as to_scipy
 from .discretization import RULES as RULES
 from .discretization import asynchronous as asynchronous
 from .discretization import backward_euler as backward_euler
@@ -28,6 +32,24 @@ from .hippo import lmu as lmu
 from .hippo import normal_plus_low_rank as normal_plus_low_rank
 from .hippo import nplr as nplr
 from .hippo import tilted_lagt as tilted_lagt
+from .realization import Realization as Realization
+from .realization import eigensystem_realization as eigensystem_realization
+from .realization import toeplitz_to_diagonal as toeplitz_to_diagonal
+from .reduction import Reduced as Reduced
+from .reduction import balanced_truncation as balanced_truncation
+from .reduction import controllability_gramian as controllability_gramian
+from .reduction import diagonal_gramian as diagonal_gramian
+from .reduction import hankel_singular_values as hankel_singular_values
+from .reduction import modal_truncation as modal_truncation
+from .reduction import observability_gramian as observability_gramian
+from .response import Margins as Margins
+from .response import frequency_response as frequency_response
+from .response import impulse_response as impulse_response
+from .response import margins as margins
+from .response import poles as poles
+from .response import stability_margin as stability_margin
+from .response import step_response as step_response
+from .response import transfer_function as transfer_function
 from .state_space import StateSpace as StateSpace
 from .structured import DPLR as DPLR
 from .structured import Companion as Companion

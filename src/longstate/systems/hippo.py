@@ -129,7 +129,7 @@ def lmu(n: int, window: float = 1.0) -> tuple[Matrix, Matrix]:
     if not window > 0:
         raise ValueError(f"lmu(window={window}): wanted a positive length of time, such as 1.0")
     weight, sign = (2 * np.arange(n) + 1.0) / window, _signs(n)
-    A: Matrix = weight[:, None] * np.where(np.tri(n) > 0, -np.outer(sign, sign), -1.0)
+    A = np.asarray(weight[:, None] * np.where(np.tri(n) > 0, -np.outer(sign, sign), -1.0), dtype=np.float64)
     return A, sign * weight
 
 

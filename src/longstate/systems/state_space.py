@@ -32,9 +32,9 @@ class StateSpace:
     """
 
     A: Inexact[np.ndarray, "n n"]
-    B: Inexact[np.ndarray, "n inputs"]
-    C: Inexact[np.ndarray, "outputs n"]
-    D: Inexact[np.ndarray, "outputs inputs"] | float = 0.0
+    B: Inexact[np.ndarray, "n ..."]
+    C: Inexact[np.ndarray, "... n"]
+    D: Inexact[np.ndarray, "..."] | float = 0.0
     dt: float | None = None
 
     def __post_init__(self) -> None:

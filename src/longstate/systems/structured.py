@@ -18,6 +18,7 @@ from .._shapes import Float, Inexact
 from .discretization import RULES, discretize
 from .state_space import resolvent
 
+Vector = Inexact[np.ndarray, " n"]
 # The rules that make a DPLR matrix another one, with how much of a step each takes implicitly.
 IMPLICIT = {"euler": 0.0, "backward_euler": 1.0, "bilinear": 0.5}
 
@@ -40,24 +41,18 @@ class Dense:
         """Return A."""
         return self.A
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points."""
         return np.asarray(C @ resolvent(self.A, B[:, None], s)[:, 0])
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B, l < length, with [B, A B, A² B, …] doubled by A, A², A⁴, …: log₂ length products."""
         columns, power = B[:, None], self.A
         while columns.shape[1] < length:
             columns, power = np.hstack([columns, power @ columns]), power @ power
         return np.asarray(C @ columns[:, :length])
 
-    def sampled(
-        self, B: Inexact[np.ndarray, " n"], dt: float, rule: str = "zoh"
-    ) -> tuple[Dense, Inexact[np.ndarray, " n"]]:
+    def sampled(self, B: Vector, dt: float, rule: str = "zoh") -> tuple[Dense, Vector]:
         """Return Ā and B̄ by a rule's name in ``RULES``."""
         A, B = discretize(self.A, B, dt, rule)
         return Dense(A), B
@@ -81,15 +76,11 @@ class Diagonal:
         """Return A."""
         return np.diag(self.eigenvalues)
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points: a Cauchy sum."""
         return np.asarray((1 / (s[:, None] - self.eigenvalues)) @ (C * B))
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B, l < length: a Vandermonde product, whose powers factor, λ^{wi+j} = λ^{wi} λ^j.
 
         There are 2√length powers of each eigenvalue, and one matrix product.
@@ -99,9 +90,7 @@ class Diagonal:
         coarse = _powers(fine[-1] * self.eigenvalues, -(-length // width))
         return np.asarray((coarse * (C * B) @ fine.T).reshape(-1)[:length])
 
-    def sampled(
-        self, B: Inexact[np.ndarray, " n"], dt: float, rule: str = "zoh"
-    ) -> tuple[Diagonal, Inexact[np.ndarray, " n"]]:
+    def sampled(self, B: Vector, dt: float, rule: str = "zoh") -> tuple[Diagonal, Vector]:
         """Return Ā and B̄ by a rule's name in ``RULES``."""
         eigenvalues, B = discretize(self.eigenvalues, B, dt, rule)
         return Diagonal(eigenvalues), B
@@ -137,9 +126,7 @@ class DPLR:
         """Return A."""
         return np.asarray(np.diag(self.eigenvalues) - self.P @ self.adjoint)
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points by Woodbury's identity: (1 + r)² Cauchy sums.
 
         k_CB − k_CP (I + k_QP)⁻¹ k_QB,    k_vw(s) = Σ_n v_n w_n / (s − λ_n)
@@ -152,18 +139,14 @@ class DPLR:
         correction = sums[:, :1, 1:] @ np.linalg.solve(middle, sums[:, 1:, :1])
         return np.asarray(sums[:, 0, 0] - correction[:, 0, 0])
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B, l < length, from the transfer function at the nodes of a Fourier transform.
 
         The product C A^length takes log₂ length products of dense matrices once; the nodes take none.
         """
         return _kernel_from_nodes(self, B, C, length)
 
-    def sampled(
-        self, B: Inexact[np.ndarray, " n"], dt: float, rule: str = "bilinear"
-    ) -> tuple[DPLR, Inexact[np.ndarray, " n"]]:
+    def sampled(self, B: Vector, dt: float, rule: str = "bilinear") -> tuple[DPLR, Vector]:
         """Return Ā and B̄ of the same rank, by Woodbury's identity: no matrix of n × n is made, so a step is 2 n r.
 
         With E = 1/(1 − αΔΛ) and M = I + αΔ Q* E P,
@@ -207,24 +190,18 @@ class Companion:
         A[:, -1] += self.column
         return A
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points: four polynomials in 1/s.
 
         q(C, B) + q(C, a) q(e, B) / (1 − q(e, a)),    q(v, w) = v (s I − shift)⁻¹ w,    e the last unit vector
         """
         return self._resolved(B, C, lambda taps: np.asarray(np.polyval(taps[::-1], 1 / s) / s))
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B, l < length, with the polynomials evaluated at the nodes of a transform by transforms."""
         return _kernel_from_nodes(self, B, C, length)
 
-    def at_nodes(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int, radius: float
-    ) -> Inexact[np.ndarray, " l"]:
+    def at_nodes(self, B: Vector, C: Vector, length: int, radius: float) -> Inexact[np.ndarray, " l"]:
         """Return the transfer function at s = radius · e^{2πik/length}, in O((n + length) log (n + length))."""
         nodes = radius * _roots_of_unity(length)
 
@@ -238,8 +215,8 @@ class Companion:
 
     def _resolved(
         self,
-        B: Inexact[np.ndarray, " n"],
-        C: Inexact[np.ndarray, " n"],
+        B: Vector,
+        C: Vector,
         evaluated: Callable[[np.ndarray], np.ndarray],
     ) -> Inexact[np.ndarray, " l"]:
         n = len(self.column)
@@ -265,15 +242,11 @@ class Shift:
         """Return A."""
         return np.eye(self.n, k=-1)
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points: a polynomial in 1/s."""
         return np.asarray(np.polyval(self.kernel(B, C, self.n)[::-1], 1 / s) / s)
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B = Σ_i C_{i+l} B_i, l < length: a correlation by transforms, and 0 from l = n on."""
         size = 2 * self.n
         products = np.fft.ifft(np.fft.fft(C, size) * np.fft.fft(B[::-1], size))[self.n - 1 : -1]
@@ -311,18 +284,14 @@ class Oscillators:
         """Return A."""
         return np.block([[np.diag(entry) for entry in row] for row in self.blocks.transpose(1, 2, 0)])
 
-    def transfer(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], s: Inexact[np.ndarray, " l"]
-    ) -> Inexact[np.ndarray, " l"]:
+    def transfer(self, B: Vector, C: Vector, s: Inexact[np.ndarray, " l"]) -> Inexact[np.ndarray, " l"]:
         """Return C (s I − A)⁻¹ B at many points, with every 2 × 2 inverse written out."""
         (a, b), (c, d) = self.blocks.transpose(1, 2, 0)
         (bz, by), (cz, cy), r = np.split(B, 2), np.split(C, 2), s[:, None]
         determinant = (r - a) * (r - d) - b * c
         return np.asarray(((cz * ((r - d) * bz + b * by) + cy * (c * bz + (r - a) * by)) / determinant).sum(-1))
 
-    def kernel(
-        self, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-    ) -> Inexact[np.ndarray, " l"]:
+    def kernel(self, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
         """Return C A^l B, l < length, with √length powers of the blocks on B and as many on C.
 
         No eigenvalue is taken, so that a block with a double one needs no care.
@@ -337,9 +306,7 @@ class Oscillators:
             left.append(turned.apply(left[-1]))
         return np.asarray((np.stack(left) @ np.stack(right).T).reshape(-1)[:length])
 
-    def sampled(
-        self, B: Inexact[np.ndarray, " n"], dt: float, rule: str = "implicit_explicit"
-    ) -> tuple[Oscillators, Inexact[np.ndarray, " n"]]:
+    def sampled(self, B: Vector, dt: float, rule: str = "implicit_explicit") -> tuple[Oscillators, Vector]:
         """Return Ā and B̄ by "implicit" (the backward Euler rule), "implicit_explicit", or a rule's name in ``RULES``.
 
         The implicit rule damps; the implicit-explicit one, z first and then y by the new z, keeps the energy of an
@@ -362,9 +329,7 @@ class Oscillators:
 Structure = Dense | Diagonal | DPLR | Companion | Shift | Oscillators
 
 
-def krylov(
-    A: Structure, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-) -> Inexact[np.ndarray, " l"]:
+def krylov(A: Structure, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
     """Return C A^l B, l < length, as it is defined: one product with A for each tap."""
     taps, x = [], B
     for _ in range(length):
@@ -375,8 +340,8 @@ def krylov(
 
 def step(
     A: Structure,
-    B: Inexact[np.ndarray, " n"],
-    C: Inexact[np.ndarray, " n"],
+    B: Vector,
+    C: Vector,
     x: Inexact[np.ndarray, "*b n"],
     u: Inexact[np.ndarray, "*b"],
 ) -> tuple[Inexact[np.ndarray, "*b"], Inexact[np.ndarray, "*b n"]]:
@@ -385,9 +350,7 @@ def step(
     return np.asarray(x @ C), x
 
 
-def _kernel_from_nodes(
-    A: DPLR | Companion, B: Inexact[np.ndarray, " n"], C: Inexact[np.ndarray, " n"], length: int
-) -> Inexact[np.ndarray, " l"]:
+def _kernel_from_nodes(A: DPLR | Companion, B: Vector, C: Vector, length: int) -> Inexact[np.ndarray, " l"]:
     # On a circle of radius ρ, Σ_l K_l s^{−l} = s C̃ (s I − A)⁻¹ B with C̃ = C (I − (A/ρ)^L). ρ is a little above 1, where
     # no pole of a stable system lies, even of one that does not decay (LegT); rounding grows by ρ^L = e at most.
     radius = float(np.exp(1 / length))
