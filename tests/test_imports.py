@@ -53,6 +53,7 @@ ONLY_IN: dict[str, set[str]] = {
     "typer": {"cli"},
     "jaxtyping": {"_shapes"},
     "beartype": set(),
+    "control": {"systems"},
     "pickle": set(),
 }
 
@@ -167,7 +168,17 @@ def test_an_allowed_import_passes(module: str, source: str) -> None:
 
 
 def test_the_package_imports_without_the_extras() -> None:
-    optional = ["beartype", "lightning", "matplotlib", "sklearn", "tensorboard", "tokenizers", "transformers", "typer"]
+    optional = [
+        "beartype",
+        "control",
+        "lightning",
+        "matplotlib",
+        "sklearn",
+        "tensorboard",
+        "tokenizers",
+        "transformers",
+        "typer",
+    ]
     code = f"import sys, longstate; print(*sorted(set({optional}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
