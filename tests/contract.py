@@ -21,7 +21,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import longstate
-from longstate import RGLRU, S4D, S5, Attention, Mamba, Mamba2, Mixer, ShortConv, Timeline, ops
+from longstate import LRU, RGLRU, S4D, S5, Attention, Mamba, Mamba2, Mixer, ShortConv, Timeline, ops
 from longstate.ops import _register
 from poison import poisoned_memory
 
@@ -76,6 +76,10 @@ ROWS = [
     Row("s4d real bilinear", lambda: S4D(4, 5, "real", "bilinear"), _slow_modes),
     Row("s5", lambda: S5(4, 6), _slow_modes),
     Row("s5 blocks bilinear", lambda: S5(4, 8, 2, "bilinear"), _slow_modes),
+    Row("s4d stable", lambda: S4D(3, 4, "lin", parameterization="stable"), _slow_modes),
+    Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
+    Row("lru", lambda: LRU(4, 5)),
+    Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.linalg import expm
 from scipy.signal import cont2discrete, dlsim
 
 from longstate import S4D, S5, Mixer, Timeline
+from longstate.mixers._modes import PARAMETERIZATIONS, real_part
 from longstate.systems import legs_normal
 
 CASES = [
@@ -35,7 +37,7 @@ def channels(mixer: Mixer) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
     A mode λ of a conjugate pair is a 2×2 block [[Re, −Im], [Im, Re]], whose output is 2 Re(C h).
     """
-    a = -mixer.log_A_real.detach().exp().numpy()
+    a = real_part(mixer.A_real.detach(), mixer.parameterization).numpy()
     dt, D = mixer.log_dt.detach().exp().numpy(), mixer.D.detach().numpy()
     if isinstance(mixer, S4D):
         result = []
@@ -131,6 +133,42 @@ def test_initial_values(N: int) -> None:
     np.testing.assert_allclose(B, 1)
 
 
+@pytest.mark.parametrize("make", [lambda p: S4D(3, 8, parameterization=p), lambda p: S5(3, 8, 2, parameterization=p)])
+def test_every_parameterization_starts_at_the_same_system_and_but_one_keeps_it_stable(make: Any) -> None:
+    functions = {
+        "exp": lambda w: -np.exp(w),
+        "softplus": lambda w: -np.log1p(np.exp(w)),
+        "direct": lambda w: w,
+        "stable": lambda w: -1 / (w**2 + 0.1),
+    }
+    assert set(functions) == set(PARAMETERIZATIONS)
+    x, outputs, unstable = torch.randn(1, 30, 3, dtype=torch.float64), [], set()
+    for name, function in functions.items():
+        torch.manual_seed(3)
+        mixer = make(name).double()
+        torch.manual_seed(3)
+        mixer.reset_parameters()
+        np.testing.assert_allclose(function(mixer.A_real.detach().numpy()), -0.5, rtol=1e-12)
+        outputs.append(mixer(x)[0].detach().numpy())
+        with torch.no_grad():
+            mixer.A_real.copy_(3 * torch.randn_like(mixer.A_real))  # where no optimiser was told to stop
+        values = function(mixer.A_real.detach().numpy())
+        if (values >= 0).any():
+            unstable.add(name)
+        written_out = make("direct").double()
+        written_out.load_state_dict(mixer.state_dict() | {"A_real": torch.from_numpy(values)})
+        np.testing.assert_allclose(mixer(x)[0].detach(), written_out(x)[0].detach(), rtol=1e-9)
+    assert unstable == {"direct"}
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output, outputs[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixer", [S4D(3, 8), S4D(3, 5, "real"), S5(3, 8)], ids=["s4d", "s4d real", "s5"])
+def test_weight_decay_is_for_the_gate_alone(mixer: Mixer) -> None:
+    decayed = {name for name, p in mixer.named_parameters() if not getattr(p, "_no_weight_decay", False)}
+    assert decayed == {"output.linear.weight", "output.linear.bias"}
+
+
 def test_the_spread_of_what_is_drawn() -> None:
     mixer = S4D(64, 64)
     C = torch.view_as_complex(mixer.C)
@@ -158,6 +196,8 @@ def test_the_initial_s5_is_its_dense_system() -> None:
         (lambda: S4D(4, 0, "real"), "d_state"),
         (lambda: S4D(4, 8, "leg"), "legs"),
         (lambda: S4D(4, 8, discretization="tustin"), "bilinear"),
+        (lambda: S4D(4, 8, parameterization="log"), "exp"),
+        (lambda: S4D(4, 12, "real", parameterization="stable"), "softplus"),
         (lambda: S4D(4, 8, output="none"), "identity"),
         (lambda: S4D(4, 8, dt_min=0.2), "dt_min"),
         (lambda: S5(4, 7), "d_state"),

@@ -2,6 +2,7 @@
 
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
+from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .rglru import RGLRU as RGLRU
@@ -12,6 +13,7 @@ from .short_conv import ShortConv as ShortConv
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "rglru": RGLRU,

@@ -16,12 +16,11 @@ from ..ops import selective_scan, vandermonde
 from ..ops.convolution.chunked import fft
 from ..ops.selective_scan.discretization import phi
 from ..ops.vandermonde.chunked import factors
-from ..systems import diagonal_modes, legs_normal
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
+from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
-INITIALIZATIONS = ("legs", "lin", "inv", "quad", "real")
 CONVOLUTION_FROM = 64  # steps from which transforms beat the scan
 
 
@@ -45,6 +44,8 @@ class S4D(Mixer):
         d_state: Real states of a channel; of each conjugate pair of modes one is kept.
         initialization: "legs" (HiPPO-LegS' normal part), "lin" (−½ + iπn), "inv", "quad" or "real" (−(n+1)).
         discretization: "zoh" or "bilinear".
+        parameterization: How Re A comes from the parameter ``A_real``: "exp" (−e^w), "softplus" (−log(1 + e^w)),
+            "stable" (−1/(w² + 0.1)), or "direct" (w, which nothing keeps negative). All start at the same A.
         dt_min: Smallest initial Δ, in nominal steps.
         dt_max: Largest initial Δ; they are drawn log-uniformly.
         output: "glu" (GELU and a gated linear unit across channels) or "identity" (the linear system alone).
@@ -53,7 +54,7 @@ class S4D(Mixer):
         ValueError: If an option is none of those, or ``d_state`` is odd where modes come in pairs.
 
     Source:
-        Gu et al., arXiv:2206.11893.
+        Gu et al., arXiv:2206.11893; parameterisations of Re A, Wang and Li, arXiv:2311.14495.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class S4D(Mixer):
         d_state: int = 64,
         initialization: str = "legs",
         discretization: Literal["zoh", "bilinear"] = "zoh",
+        parameterization: Literal["exp", "softplus", "direct", "stable"] = "exp",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         output: Literal["glu", "identity"] = "glu",
@@ -69,6 +71,7 @@ class S4D(Mixer):
         super().__init__()
         check_choice("S4D", "initialization", initialization, INITIALIZATIONS)
         check_choice("S4D", "discretization", discretization, ("zoh", "bilinear"))
+        check_choice("S4D", "parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("S4D", "output", output, ("glu", "identity"))
         if d_state < 1 or (d_state % 2 and initialization != "real"):
             raise ValueError(
@@ -77,12 +80,11 @@ class S4D(Mixer):
         check_steps("S4D", dt_min, dt_max)
         self.d_model, self.d_state = d_model, d_state
         self.initialization, self.discretization = initialization, discretization
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.parameterization, self.dt_min, self.dt_max = parameterization, dt_min, dt_max
         self.real = initialization == "real"
         parts = () if self.real else (2,)  # complex numbers are stored as pairs: optimisers and files know those
         modes = d_state if self.real else d_state // 2
-        # Re A = −exp(log_A_real) stays negative whatever the optimiser does.
-        self.log_A_real = mark(nn.Parameter(torch.empty(d_model, modes)), 1e-3)
+        self.A_real = mark(nn.Parameter(torch.empty(d_model, modes)), 1e-3)
         self.A_imag = None if self.real else mark(nn.Parameter(torch.empty(d_model, modes)), 1e-3)
         self.B = mark(nn.Parameter(torch.empty(d_model, modes, *parts)), 1e-3)
         self.C = mark(nn.Parameter(torch.empty(d_model, modes, *parts)))
@@ -97,7 +99,7 @@ class S4D(Mixer):
             return
         A, B = initial_modes(self.initialization, self.d_state)
         with torch.no_grad():
-            self.log_A_real.copy_(torch.from_numpy(np.log(-A.real)).expand_as(self.log_A_real))
+            set_real_part_(self.A_real, A.real, self.parameterization, "S4D")
             if self.A_imag is not None:
                 self.A_imag.copy_(torch.from_numpy(A.imag.copy()).expand_as(self.A_imag))
             self.B.copy_(
@@ -113,7 +115,7 @@ class S4D(Mixer):
         """Return zeros."""
         dtype = state_dtype(self.C)
         dtype = dtype if self.real else dtype.to_complex()
-        return S4DState(torch.zeros(batch_size, *self.log_A_real.shape, dtype=dtype, device=self.C.device))
+        return S4DState(torch.zeros(batch_size, *self.A_real.shape, dtype=dtype, device=self.C.device))
 
     def forward(
         self, x: Float[Tensor, "b t d"], state: S4DState | None = None, timeline: Timeline | None = None
@@ -148,7 +150,7 @@ class S4D(Mixer):
     def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return A, B and C ``[d n]`` of the continuous systems and their steps Δ ``[d]``, in float32 at least."""
         dtype = state_dtype(self.C)
-        A, B, C = -self.log_A_real.to(dtype).exp(), self.B.to(dtype), self.C.to(dtype)
+        A, B, C = real_part(self.A_real.to(dtype), self.parameterization), self.B.to(dtype), self.C.to(dtype)
         if self.A_imag is not None:
             A, B, C = torch.complex(A, self.A_imag.to(dtype)), torch.view_as_complex(B), torch.view_as_complex(C)
         return A, B, C, self.log_dt.to(dtype).exp()
@@ -182,21 +184,3 @@ class S4D(Mixer):
             y = y + vandermonde(C * decay * before, log_decay, length).mT
             final = final + torch.exp(log_decay * length).to(z.dtype) * before
         return y, final
-
-
-def initial_modes(initialization: str, d_state: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the initial diagonal A and B of one channel: half of the conjugate pairs, or all real modes."""
-    half = d_state // 2
-    n = np.arange(d_state if initialization == "real" else half, dtype=np.float64)
-    if initialization == "legs":
-        modes = diagonal_modes(*legs_normal(d_state))
-        B = np.clip(modes.B.real, -2, 2) + 1j * np.clip(modes.B.imag, -2, 2)
-        return modes.eigenvalues, B
-    frequencies = {
-        "lin": np.pi * n,
-        "inv": d_state / np.pi * (d_state / (2 * n + 1) - 1),
-        "quad": (1 + 2 * n) ** 2 / np.pi,
-        "real": 0 * n,
-    }[initialization]
-    real = -(n + 1) if initialization == "real" else np.full_like(n, -0.5)
-    return real + 1j * frequencies, np.ones_like(n) + 0j

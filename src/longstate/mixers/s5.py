@@ -15,6 +15,7 @@ from ..ops.selective_scan.discretization import coefficients
 from ..systems import diagonal_modes, legs_normal
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
+from ._modes import PARAMETERIZATIONS, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
 
@@ -36,6 +37,8 @@ class S5(Mixer):
         d_state: Real states; of each conjugate pair of modes one is kept.
         n_blocks: How many copies of the normal part of HiPPO-LegS the initial Λ is made of.
         discretization: "zoh" or "bilinear".
+        parameterization: How Re Λ comes from the parameter ``A_real``: "exp" (−e^w), "softplus" (−log(1 + e^w)),
+            "stable" (−1/(w² + 0.1)), or "direct" (w, which nothing keeps negative). All start at the same Λ.
         dt_min: Smallest initial Δ, in nominal steps.
         dt_max: Largest initial Δ; they are drawn log-uniformly.
         output: "glu" (GELU and a gated linear unit across channels) or "identity" (the linear system alone).
@@ -44,7 +47,7 @@ class S5(Mixer):
         ValueError: If an option is none of those, or ``d_state`` does not divide into blocks of pairs.
 
     Source:
-        Smith et al., arXiv:2208.04933.
+        Smith et al., arXiv:2208.04933; parameterisations of Re Λ, Wang and Li, arXiv:2311.14495.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class S5(Mixer):
         d_state: int = 64,
         n_blocks: int = 1,
         discretization: Literal["zoh", "bilinear"] = "zoh",
+        parameterization: Literal["exp", "softplus", "direct", "stable"] = "exp",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         output: Literal["glu", "identity"] = "glu",
     ) -> None:
         super().__init__()
         check_choice("S5", "discretization", discretization, ("zoh", "bilinear"))
+        check_choice("S5", "parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("S5", "output", output, ("glu", "identity"))
         if n_blocks < 1 or d_state < 2 or d_state % (2 * n_blocks):
             raise ValueError(
@@ -67,9 +72,10 @@ class S5(Mixer):
             )
         check_steps("S5", dt_min, dt_max)
         self.d_model, self.d_state, self.n_blocks = d_model, d_state, n_blocks
-        self.discretization, self.dt_min, self.dt_max = discretization, dt_min, dt_max
+        self.discretization, self.parameterization = discretization, parameterization
+        self.dt_min, self.dt_max = dt_min, dt_max
         modes = d_state // 2
-        self.log_A_real = mark(nn.Parameter(torch.empty(modes)), 1e-3)
+        self.A_real = mark(nn.Parameter(torch.empty(modes)), 1e-3)
         self.A_imag = mark(nn.Parameter(torch.empty(modes)), 1e-3)
         self.B = mark(nn.Parameter(torch.empty(modes, d_model, 2)), 1e-3)
         self.C = mark(nn.Parameter(torch.empty(d_model, modes, 2)))
@@ -86,7 +92,7 @@ class S5(Mixer):
         modes = diagonal_modes(*legs_normal(block))
         V = torch.from_numpy(modes.basis)
         with torch.no_grad():
-            self.log_A_real.copy_(torch.from_numpy(np.log(-modes.eigenvalues.real)).repeat(self.n_blocks))
+            set_real_part_(self.A_real, np.tile(modes.eigenvalues.real, self.n_blocks), self.parameterization, "S5")
             self.A_imag.copy_(torch.from_numpy(modes.eigenvalues.imag.copy()).repeat(self.n_blocks))
             B = torch.randn(self.n_blocks, block, self.d_model, dtype=torch.float64) / self.d_model**0.5
             C = torch.randn(self.d_model, self.n_blocks, block, dtype=torch.float64) / self.d_state**0.5
@@ -109,7 +115,7 @@ class S5(Mixer):
         x, timeline = self._enter(x, timeline)
         dtype = state_dtype(self.C)
         u = x.to(dtype)
-        A = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
+        A = torch.complex(real_part(self.A_real.to(dtype), self.parameterization), self.A_imag.to(dtype))
         dt = self.log_dt.to(dtype).exp()
         if timeline.dt is not None:
             dt = dt * timeline.dt.to(dtype)[..., None]
