@@ -154,3 +154,13 @@ def test_a_window_of_another_length_is_refused_though_it_is_empty_here(tmp_path:
     state.save(Mamba(4, d_conv=4).initial_state(1), path)
     with pytest.raises(ValueError, match="another model"):
         state.load(path, Mamba(4, d_conv=1).initial_state(1))
+
+
+def test_complex_numbers_come_back_wherever_the_file_has_them(tmp_path: Path) -> None:
+    """A file keeps tensors at multiples of 8 bytes; complex128 is read from multiples of 16, or crashes."""
+    for count in (1, 2, 3):
+        saved = (torch.randn(1, count, dtype=torch.float64), torch.randn(1, 5, dtype=torch.complex128))
+        state.save(saved, tmp_path / "state.safetensors")
+        loaded = state.load(tmp_path / "state.safetensors", saved)
+        assert loaded[1].data_ptr() % 16 == 0
+        assert torch.equal(loaded[1], saved[1])

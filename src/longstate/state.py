@@ -131,7 +131,8 @@ def unflatten(tensors: Mapping[str, Tensor], like: S) -> S:
 
     def taken(x: Tensor) -> Tensor:
         given = tensors[next(names)].to(x.device, x.dtype.to_real() if x.is_complex() else x.dtype)
-        return torch.view_as_complex(given) if x.is_complex() else given
+        # Files keep tensors at multiples of 8 bytes, and complex128 is read from multiples of 16: elsewhere it crashes.
+        return torch.view_as_complex(given.clone()) if x.is_complex() else given
 
     result: S = _map(taken, like)
     return result
