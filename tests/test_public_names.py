@@ -15,9 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {
     "Attention",
+    "H3",
     "LanguageModel",
     "Mamba",
     "Mamba2",
+    "Mega",
+    "Megalodon",
     "Mixer",
     "RGLRU",
     "S4D",
