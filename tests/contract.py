@@ -21,8 +21,24 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import longstate
-from longstate import LRU, RGLRU, S4D, S5, Attention, Mamba, Mamba2, Mixer, ShortConv, Timeline, ops
+from longstate import (
+    H3,
+    LRU,
+    RGLRU,
+    S4D,
+    S5,
+    Attention,
+    Mamba,
+    Mamba2,
+    Mega,
+    Megalodon,
+    Mixer,
+    ShortConv,
+    Timeline,
+    ops,
+)
 from longstate.ops import _register
+from longstate.routes import Bidirectional
 from poison import poisoned_memory
 
 Factory = Callable[[], Mixer]
@@ -36,7 +52,8 @@ class Row(NamedTuple):
         make: Builds it.
         slow_down: For a mixer with continuous time: makes each nominal step last so many times as long. ``None`` for
             a mixer that counts steps.
-        state: Whether the state's size is "constant", or "grows" by as much with every step.
+        state: Whether the state's size is "constant", "grows" by as much with every step, or there is "none": what
+            depends on steps to come, or on all of the past alike, has nothing to go on from.
     """
 
     name: str
@@ -47,6 +64,12 @@ class Row(NamedTuple):
 
 def _slow_modes(mixer: S4D | S5, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
+
+
+def _slow_route(mixer: Bidirectional, factor: float) -> None:
+    for part in (mixer.ahead, mixer.back):
+        if part is not None:
+            _slow_modes(part, factor)
 
 
 def _slow_mamba(mixer: Mamba, factor: float) -> None:
@@ -122,6 +145,14 @@ ROWS = [
         "attention window convolution",
         lambda: Attention(8, 2, 1, window=5, qk_norm=True, d_conv=3, conv_bias=False),
     ),
+    Row("mega", lambda: Mega(4, 3, d_key=4, d_value=6), state="grows"),
+    Row("mega chunk", lambda: Mega(4, 2, d_key=6, chunk=8)),
+    Row("megalodon", lambda: Megalodon(6, 3, d_key=8, n_heads=2, norm_groups=2), state="grows"),
+    Row("megalodon chunk", lambda: Megalodon(4, 4, d_key=6, d_value=5, chunk=9)),
+    Row("h3", lambda: H3(4, 4, 2, d_conv=3)),
+    Row("h3 single channels", lambda: H3(3, 6, d_conv=5)),
+    Row("bidirectional", lambda: Bidirectional(S4D(4, 6), S5(4, 4)), _slow_route, "none"),
+    Row("bidirectional shared", lambda: Bidirectional(S4D(4, 4, "inv", output="identity")), _slow_route, "none"),
 ]
 
 BATCH = 3
@@ -309,7 +340,7 @@ def check_gradients(make: Factory, kinds: str) -> None:
 
 
 def check_chunked_gradients(make: Factory, kinds: str, cuts: Sequence[int] = CUTS) -> None:
-    """Gradients that flow through handed-on states are those of the whole."""
+    """Gradients that flow through handed-on states are those of the whole, and reach every parameter."""
     mixer = build(make)
     x, state, when = differentiable(inputs(mixer)), differentiable(warm_state(mixer)), timeline(kinds)
     wanted = gradients(mixer(x, state, when), sources(mixer, x, state))
@@ -534,6 +565,31 @@ def check_state_size(make: Factory, growth: str) -> None:
         assert sizes[3] - sizes[2] == 150 * (sizes[1] - sizes[0]) / 9
 
 
+def check_no_state(make: Factory) -> None:
+    """There is no state: none is returned, and one that is given is refused with a word on what to do."""
+    mixer = build(make)
+    x = inputs(mixer, 6)
+    assert mixer.initial_state(BATCH) is None and mixer(x)[1] is None
+    message = ""
+    try:
+        mixer(x, (x[:, 0],))
+    except ValueError as error:
+        message = str(error)
+    assert type(mixer).__name__ in message and "state" in message, "a state was taken without a word"
+
+
+def check_both_directions(make: Factory) -> None:
+    """Outputs depend on the past, the present and the future."""
+    mixer = build(make)
+    x = inputs(mixer)
+    with torch.no_grad():
+        before, _ = mixer(x)
+        nudged = x.clone()
+        nudged[:, 40] += 1
+        change = (mixer(nudged)[0] - before).abs().amax(-1)
+        assert change[:, 39:42].min() > 1e-9
+
+
 def check_initial_state(make: Factory, dtype: torch.dtype = torch.float64) -> None:
     """No state = the initial state, which has one entry for each sequence and the types of those that come back."""
     mixer = build(make, dtype)
@@ -567,11 +623,13 @@ def check_saving(make: Factory, folder: Path, dtype: torch.dtype = torch.float64
     """A state and the parameters come back from files as they were."""
     mixer = build(make, dtype)
     x, state = inputs(mixer, 6), warm_state(mixer)
-    path = folder / "state.safetensors"
-    longstate.state.save(state, path, {"note": "ä"})
-    assert longstate.state.load_metadata(path)["note"] == "ä"
-    loaded = longstate.state.load(path, mixer.initial_state(1))
-    assert distance(loaded, state) == 0
+    loaded = None
+    if state is not None:
+        path = folder / "state.safetensors"
+        longstate.state.save(state, path, {"note": "ä"})
+        assert longstate.state.load_metadata(path)["note"] == "ä"
+        loaded = longstate.state.load(path, mixer.initial_state(1))
+        assert distance(loaded, state) == 0
     save_file({name: value.contiguous() for name, value in mixer.state_dict().items()}, folder / "weights.safetensors")
     other = make().to(dtype)
     assert distance(other(x)[0], mixer(x)[0]) > 0

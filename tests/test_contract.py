@@ -10,12 +10,16 @@ import torch
 pytest.register_assert_rewrite("contract")
 
 import contract  # noqa: E402
-from contract import COMBINATIONS, CUTS, ROWS, STEPS, Row  # noqa: E402
+from contract import COMBINATIONS, CUTS, ROWS, STEPS, WHOLE, Row  # noqa: E402
 from longstate.mixers import MIXERS  # noqa: E402
+from longstate.routes import Bidirectional  # noqa: E402
 
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-timed = pytest.mark.parametrize("row", [row for row in ROWS if row.slow_down], ids=lambda row: row.name)
 EVERYTHING = "dt start valid"
+STATEFUL = [row for row in ROWS if row.state != "none"]  # the others have nothing to hand on from piece to piece
+CAUSAL = [row for row in ROWS if row.make().causal]
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+stateful = pytest.mark.parametrize("row", STATEFUL, ids=lambda row: row.name)
+timed = pytest.mark.parametrize("row", [row for row in ROWS if row.slow_down], ids=lambda row: row.name)
 
 
 def kinds_for(row: Row, kinds: str) -> str:
@@ -23,11 +27,11 @@ def kinds_for(row: Row, kinds: str) -> str:
     return kinds if row.slow_down else kinds.replace("dt", "").strip()
 
 
-def pairs(combinations: list[str] = COMBINATIONS) -> pytest.MarkDecorator:
+def pairs(combinations: list[str] = COMBINATIONS, chosen: list[Row] = ROWS) -> pytest.MarkDecorator:
     """Every row with every combination of timeline entries that it knows."""
-    cases = [(row, kinds) for row in ROWS for kinds in combinations if kinds == kinds_for(row, kinds)]
+    cases = [(row, kinds) for row in chosen for kinds in combinations if kinds == kinds_for(row, kinds)]
     cases += [
-        (row, kinds_for(row, EVERYTHING)) for row in ROWS if not row.slow_down and "start valid" not in combinations
+        (row, kinds_for(row, EVERYTHING)) for row in chosen if not row.slow_down and "start valid" not in combinations
     ]
     return pytest.mark.parametrize(
         ("row", "kinds"), cases, ids=[f"{row.name}-{kinds or 'plain'}" for row, kinds in cases]
@@ -35,23 +39,23 @@ def pairs(combinations: list[str] = COMBINATIONS) -> pytest.MarkDecorator:
 
 
 def test_every_mixer_has_a_row() -> None:
-    assert {type(row.make()) for row in ROWS} == set(MIXERS.values())
+    assert {type(row.make()) for row in ROWS} == {*MIXERS.values(), Bidirectional}
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
-@pairs()
+@pairs(chosen=STATEFUL)
 def test_pieces_float64(row: Row, kinds: str) -> None:
     contract.check_pieces(row.make, torch.float64, kinds, CUTS)
     contract.check_pieces(row.make, torch.float64, kinds, STEPS)
 
 
-@pairs()
+@pairs(chosen=STATEFUL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_pieces_narrow(row: Row, kinds: str, dtype: torch.dtype) -> None:
     contract.check_pieces(row.make, dtype, kinds, CUTS)
 
 
-@pairs(["", EVERYTHING])
+@pairs(["", EVERYTHING], chosen=STATEFUL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_steps_narrow(row: Row, kinds: str, dtype: torch.dtype) -> None:
     contract.check_pieces(row.make, dtype, kinds, STEPS)
@@ -70,10 +74,10 @@ def test_gradients(row: Row, kinds: str) -> None:
 
 @pairs()
 def test_chunked_gradients(row: Row, kinds: str) -> None:
-    contract.check_chunked_gradients(row.make, kinds)
+    contract.check_chunked_gradients(row.make, kinds, CUTS if row.state != "none" else WHOLE)
 
 
-@pairs(["", "dt"])
+@pairs(["", "dt"], CAUSAL)
 def test_causality(row: Row, kinds: str) -> None:
     contract.check_causality(row.make, kinds if kinds in ("", "dt") else "")
 
@@ -127,12 +131,22 @@ def test_values(row: Row, kinds: str) -> None:
     contract.check_values(row.make, kinds)
 
 
-@rows
+@pytest.mark.parametrize("row", [row for row in ROWS if row.state == "none"], ids=lambda row: row.name)
+def test_no_state(row: Row) -> None:
+    contract.check_no_state(row.make)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in CAUSAL], ids=lambda row: row.name)
+def test_both_directions(row: Row) -> None:
+    contract.check_both_directions(row.make)
+
+
+@stateful
 def test_state_size(row: Row) -> None:
     contract.check_state_size(row.make, row.state)
 
 
-@rows
+@stateful
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"]
 )
@@ -190,4 +204,4 @@ def test_compile_with_inductor() -> None:
 @pytest.mark.compiled
 @traced(("s4d", "s5", "mamba", "mamba2", "attention", "attention window"))
 def test_export(row: Row, kinds: str) -> None:
-    contract.check_export(row.make, kinds, with_state=bool(kinds))
+    contract.check_export(row.make, kinds, with_state=bool(kinds) and row.state != "none")

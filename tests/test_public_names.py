@@ -15,10 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {
     "Attention",
+    "H3",
     "LRU",
     "LanguageModel",
     "Mamba",
     "Mamba2",
+    "Mega",
+    "Megalodon",
     "Mixer",
     "RGLRU",
     "S4D",

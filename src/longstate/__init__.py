@@ -7,6 +7,7 @@ from .checkpoints import load as load
 from .checkpoints import load_pretrained as load_pretrained
 from .checkpoints import save as save
 from .generate import generate as generate
+from .mixers import H3 as H3
 from .mixers import LRU as LRU
 from .mixers import RGLRU as RGLRU
 from .mixers import S4D as S4D
@@ -14,6 +15,8 @@ from .mixers import S5 as S5
 from .mixers import Attention as Attention
 from .mixers import Mamba as Mamba
 from .mixers import Mamba2 as Mamba2
+from .mixers import Mega as Mega
+from .mixers import Megalodon as Megalodon
 from .mixers import Mixer as Mixer
 from .mixers import ShortConv as ShortConv
 from .models import LanguageModel as LanguageModel

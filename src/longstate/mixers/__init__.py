@@ -2,9 +2,12 @@
 
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
+from .h3 import H3 as H3
 from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
+from .mega import Mega as Mega
+from .megalodon import Megalodon as Megalodon
 from .rglru import RGLRU as RGLRU
 from .s4d import S4D as S4D
 from .s5 import S5 as S5
@@ -13,9 +16,12 @@ from .short_conv import ShortConv as ShortConv
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "h3": H3,
     "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mega": Mega,
+    "megalodon": Megalodon,
     "rglru": RGLRU,
     "s4d": S4D,
     "s5": S5,

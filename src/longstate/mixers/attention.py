@@ -45,6 +45,132 @@ class ConvolvedState(NamedTuple):
     attention: AttentionState | WindowState
 
 
+class Reading(NamedTuple):
+    """How queries read keys and values of the past of the same sequence.
+
+    Attributes:
+        window: How many steps each step sees, itself included; all when ``None``.
+        chunked: Whether steps see only their own chunk of ``window`` steps, and not that many before them.
+        rotary_dim: Channels of a head that are rotated by the position.
+        rotary_base: The longest wavelength is about 2π times this.
+        scale: What scores are multiplied by; 1 / √(channels of a key) when ``None``.
+    """
+
+    window: int | None
+    chunked: bool
+    rotary_dim: int
+    rotary_base: float
+    scale: float | None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | WindowState | None, timeline: Timeline
+    ) -> tuple[Tensor, AttentionState | WindowState]:
+        """Attend to the past and to the new steps, ``[b t h p]``, and return the state after them."""
+        _, start, valid = timeline
+        batch, length = q.shape[:2]
+        compaction = None if valid is None else Compaction.of(valid)
+        if compaction is not None:
+            q, k, v = (compaction.compact(x) for x in (q, k, v))
+            start = None if start is None else compaction.start(start)
+
+        index = torch.arange(length, device=q.device)
+        before = index.new_zeros(batch) if state is None else state.length
+        position, segment = before[:, None] + index, torch.zeros_like(before)[:, None].expand(batch, length)
+        began = None
+        if start is not None:
+            segment = segments(start)
+            began = torch.where(start, index, -1).cummax(1).values
+            position = torch.where(began < 0, position, index - began)
+        q, k = self._rotate(q, position), self._rotate(k, position)
+        past = None if state is None or state.key.shape[1] == 0 else _unrolled(state)
+        any_length = torch.compiler.is_exporting()  # an exported graph cannot choose its way by the length
+        inside = self.window is None or (not any_length and length <= self.window)
+        if past is None and start is None and compaction is None and inside:
+            y = _attend(q, k, v, None, self.scale)
+        else:
+            y = self._masked(q, k, v, past, before, position, segment)
+        y = y if compaction is None else compaction.restore(y)
+
+        count = before.new_full((batch,), length) if compaction is None else compaction.total
+        total, origin = before + count, -before  # how long the last sequence is, and where its position 0 stands
+        if began is not None:
+            origin = torch.where(began[:, -1] < 0, origin, began[:, -1])
+            total = torch.where(began[:, -1] < 0, total, (count - began[:, -1]).clamp(min=0))
+        return y, self._ring(k, v, past, total, origin)
+
+    def _masked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        before: Tensor,
+        position: Tensor,
+        segment: Tensor,
+    ) -> Tensor:
+        """Attend to the past and to the new steps of the same sequence, block by block where there is a window."""
+        length = q.shape[1]
+        slots = 0 if past is None else past[0].shape[1]
+        if past is not None:
+            k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
+        old = before[:, None] - slots + torch.arange(slots, device=q.device)
+        key_position = torch.cat([old, position], 1)
+        # A slot not yet filled has a position below 0; it belongs to no sequence.
+        key_segment = torch.cat([torch.where(old < 0, -1, 0), segment], 1)
+        if self.window is None or torch.compiler.is_exporting() or length <= self.window:
+            return _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
+        # Blocks as long as the window: each sees itself and the one before.
+        w = self.window
+        fill = -length % w
+        # Steps filled in at the end see each other and no other: a step that saw nothing would divide 0 by 0.
+        q, position, segment = _filled(q, 0, fill), _filled(position, 0, fill), _filled(segment, 0, fill, -2)
+        k, v, key_position = (_filled(x, w - slots, fill) for x in (k, v, key_position))
+        key_segment = _filled(_filled(key_segment, w - slots, 0, -1), 0, fill, -2)
+        q, position, segment = (x.unflatten(1, (-1, w)).flatten(0, 1) for x in (q, position, segment))
+        k, v, key_position, key_segment = (_pairs(x, w) for x in (k, v, key_position, key_segment))
+        y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
+        return y.unflatten(0, (before.shape[0], -1)).flatten(1, 2)[:, :length]
+
+    def _visible(self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor) -> Tensor:
+        distance = position[..., None] - key_position[:, None]
+        visible = (distance >= 0) & (segment[..., None] == key_segment[:, None])
+        if self.window is None:
+            return visible
+        if self.chunked:
+            return visible & (position[..., None] // self.window == (key_position // self.window)[:, None])
+        return visible & (distance < self.window)
+
+    def _ring(
+        self, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, total: Tensor, origin: Tensor
+    ) -> AttentionState | WindowState:
+        """Return the ring after the last step: in each slot the newest position that belongs there."""
+        slots = (0 if past is None else past[0].shape[1]) + k.shape[1] if self.window is None else self.window
+        newest = total[:, None] - 1
+        position = newest - (newest - torch.arange(slots, device=k.device)) % slots
+        empty = position < 0
+        offset = 0 if past is None else past[0].shape[1]
+        source = (origin[:, None] + position + offset).masked_fill(empty, 0)
+        key, value = (
+            (new if past is None else torch.cat([old.to(new.dtype), new], 1))
+            .gather(1, source[..., None, None].expand(*source.shape, *new.shape[2:]))
+            .masked_fill(empty[..., None, None], 0)
+            for old, new in zip(past or (k, v), (k, v), strict=True)
+        )
+        return AttentionState(key, value, total) if self.window is None else WindowState(key, value, total)
+
+    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate the first channels of each head by the position, the first half against the second."""
+        if self.rotary_dim == 0:
+            return x
+        half = self.rotary_dim // 2
+        # In float64: position 100,000 times a frequency leaves three digits of the angle in float32.
+        frequency = self.rotary_base ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
+        angle = position[..., None, None].to(torch.float64) * frequency
+        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second, rest = x.split([half, half, x.shape[-1] - self.rotary_dim], -1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
+
+
 class Attention(Mixer):
     """Attend to the past of the same sequence, with rotary positions.
 
@@ -127,9 +253,7 @@ class Attention(Mixer):
         """Return an empty ring: of the window, or without slots for full attention; and zeros for the convolution."""
         weight = self.k_proj.weight
         shape = (batch_size, self.window or 0, self.n_kv_heads, self.head_dim)
-        state = self._state(
-            weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(batch_size, dtype=torch.long)
-        )
+        state = empty_cache(weight, shape, shape, self.window)
         return state if self.conv1d is None else ConvolvedState(self.conv1d.initial_state(batch_size), state)
 
     def forward(
@@ -145,127 +269,35 @@ class Attention(Mixer):
         q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.conv1d is None:
             assert not isinstance(state, ConvolvedState)
-            y, state = self._read(q, k, v, state, timeline)
+            y, state = self._attend(q, k, v, state, timeline)
         else:
             assert state is None or isinstance(state, ConvolvedState)
             window, past = (None, None) if state is None else state
             widths = [z.shape[-1] for z in (q, k, v)]
             convolved, window = self.conv1d(torch.cat([q, k, v], -1), window, timeline)
             q, k, v = convolved.split(widths, -1)
-            y, past = self._read(q, k, v, past, timeline)
+            y, past = self._attend(q, k, v, past, timeline)
             state = ConvolvedState(window, past)
         return zero_where_invalid(self.o_proj(y), timeline.valid), state
 
-    def _read(
+    def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | WindowState | None, timeline: Timeline
     ) -> tuple[Tensor, AttentionState | WindowState]:
         """Attend to the past and to the new steps, heads side by side, and return the state after them."""
-        _, start, valid = timeline
-        batch, length, _ = q.shape
-        compaction = None if valid is None else Compaction.of(valid)
-        if compaction is not None:
-            q, k, v = (compaction.compact(x) for x in (q, k, v))
-            start = None if start is None else compaction.start(start)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        reading = Reading(self.window, False, self.rotary_dim, self.rotary_base, self.scale)
+        y, state = reading(q, k, v, state, timeline)
+        return y.flatten(-2), state
 
-        index = torch.arange(length, device=q.device)
-        before = index.new_zeros(batch) if state is None else state.length
-        position, segment = before[:, None] + index, torch.zeros_like(before)[:, None].expand(batch, length)
-        began = None
-        if start is not None:
-            segment = segments(start)
-            began = torch.where(start, index, -1).cummax(1).values
-            position = torch.where(began < 0, position, index - began)
-        q, k = self._rotate(q, position), self._rotate(k, position)
-        past = None if state is None or state.key.shape[1] == 0 else _unrolled(state)
-        any_length = torch.compiler.is_exporting()  # an exported graph cannot choose its way by the length
-        inside = self.window is None or (not any_length and length <= self.window)
-        if past is None and start is None and compaction is None and inside:
-            y = _attend(q, k, v, None, self.scale)
-        else:
-            y = self._masked(q, k, v, past, before, position, segment)
-        y = y.flatten(-2) if compaction is None else compaction.restore(y.flatten(-2))
 
-        count = before.new_full((batch,), length) if compaction is None else compaction.total
-        total, origin = before + count, -before  # how long the last sequence is, and where its position 0 stands
-        if began is not None:
-            origin = torch.where(began[:, -1] < 0, origin, began[:, -1])
-            total = torch.where(began[:, -1] < 0, total, (count - began[:, -1]).clamp(min=0))
-        return y, self._ring(k, v, past, total, origin)
-
-    def _state(self, key: Tensor, value: Tensor, length: Tensor) -> AttentionState | WindowState:
-        return AttentionState(key, value, length) if self.window is None else WindowState(key, value, length)
-
-    def _masked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        past: tuple[Tensor, Tensor] | None,
-        before: Tensor,
-        position: Tensor,
-        segment: Tensor,
-    ) -> Tensor:
-        """Attend to the past and to the new steps of the same sequence, block by block where there is a window."""
-        length = q.shape[1]
-        slots = 0 if past is None else past[0].shape[1]
-        if past is not None:
-            k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
-        old = before[:, None] - slots + torch.arange(slots, device=q.device)
-        key_position = torch.cat([old, position], 1)
-        # A slot not yet filled has a position below 0; it belongs to no sequence.
-        key_segment = torch.cat([torch.where(old < 0, -1, 0), segment], 1)
-        if self.window is None or torch.compiler.is_exporting() or length <= self.window:
-            return _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
-        # Blocks as long as the window: each sees itself and the one before.
-        w = self.window
-        fill = -length % w
-        # Steps filled in at the end see each other and no other: a step that saw nothing would divide 0 by 0.
-        q, position, segment = _filled(q, 0, fill), _filled(position, 0, fill), _filled(segment, 0, fill, -2)
-        k, v, key_position = (_filled(x, w - slots, fill) for x in (k, v, key_position))
-        key_segment = _filled(_filled(key_segment, w - slots, 0, -1), 0, fill, -2)
-        q, position, segment = (x.unflatten(1, (-1, w)).flatten(0, 1) for x in (q, position, segment))
-        k, v, key_position, key_segment = (_pairs(x, w) for x in (k, v, key_position, key_segment))
-        y = _attend(q, k, v, self._visible(position, segment, key_position, key_segment), self.scale)
-        return y.unflatten(0, (before.shape[0], -1)).flatten(1, 2)[:, :length]
-
-    def _visible(self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor) -> Tensor:
-        distance = position[..., None] - key_position[:, None]
-        visible = (distance >= 0) & (segment[..., None] == key_segment[:, None])
-        return visible if self.window is None else visible & (distance < self.window)
-
-    def _ring(
-        self, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, total: Tensor, origin: Tensor
-    ) -> AttentionState | WindowState:
-        """Return the ring after the last step: in each slot the newest position that belongs there."""
-        slots = (0 if past is None else past[0].shape[1]) + k.shape[1] if self.window is None else self.window
-        newest = total[:, None] - 1
-        position = newest - (newest - torch.arange(slots, device=k.device)) % slots
-        empty = position < 0
-        offset = 0 if past is None else past[0].shape[1]
-        source = (origin[:, None] + position + offset).masked_fill(empty, 0)
-        source = source[..., None, None].expand(*source.shape, *k.shape[2:])
-        key, value = (
-            (new if past is None else torch.cat([old.to(new.dtype), new], 1))
-            .gather(1, source)
-            .masked_fill(empty[..., None, None], 0)
-            for old, new in zip(past or (k, v), (k, v), strict=True)
-        )
-        return self._state(key, value, total)
-
-    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate the first channels of each head by the position, the first half against the second."""
-        if self.rotary_dim == 0:
-            return x
-        half = self.rotary_dim // 2
-        # In float64: position 100,000 times a frequency leaves three digits of the angle in float32.
-        frequency = self.rotary_base ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
-        angle = position[..., None, None].to(torch.float64) * frequency
-        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second, rest = x.split([half, half, self.head_dim - self.rotary_dim], -1)
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
+def empty_cache(
+    like: Tensor, key: tuple[int, ...], value: tuple[int, ...], window: int | None
+) -> AttentionState | WindowState:
+    """Return a cache of zeros ``[b slots g p]`` in which nothing has been read."""
+    kind = AttentionState if window is None else WindowState
+    return kind(like.new_zeros(key), like.new_zeros(value), like.new_zeros(key[0], dtype=torch.long))
 
 
 def _sizes(
@@ -309,8 +341,9 @@ def _unrolled(state: AttentionState | WindowState) -> tuple[Tensor, Tensor]:
     """Return the ring's keys and values, the oldest position first and the last one last."""
     slots = state.key.shape[1]
     slot = (state.length[:, None] + torch.arange(slots, device=state.length.device)) % slots
-    slot = slot[..., None, None].expand_as(state.key)
-    return state.key.gather(1, slot), state.value.gather(1, slot)
+    slot = slot[..., None, None]
+    key, value = (x.gather(1, slot.expand_as(x)) for x in (state.key, state.value))
+    return key, value
 
 
 def _filled(x: Tensor, front: int, back: int, value: int = 0) -> Tensor:

@@ -8,20 +8,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from .._errors import check_choice
 from .._shapes import Float, Inexact, Tensor
-from ..ops import selective_scan, vandermonde
-from ..ops.convolution.chunked import fft
+from ..ops import selective_scan
 from ..ops.selective_scan.discretization import phi
-from ..ops.vandermonde.chunked import factors
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
+from ._diagonal import CONVOLUTION_FROM, convolve
 from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
-
-CONVOLUTION_FROM = 64  # steps from which transforms beat the scan
 
 
 class S4DState(NamedTuple):
@@ -159,8 +155,6 @@ class S4D(Mixer):
         self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: S4DState | None
     ) -> tuple[Tensor, Tensor]:
         """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
-        length = x.shape[1]
-        u = x.to(dt.dtype)
         z = dt[:, None] * A
         # log Ā and its multiples in float64: a phase of thousands of radians has few digits left in float32.
         log_decay = z.to(torch.promote_types(z.dtype, torch.float64))
@@ -168,19 +162,4 @@ class S4D(Mixer):
             log_decay, gain = torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), dt[:, None] / (1 - z / 2)
         else:
             gain = dt[:, None] * phi(z)
-        y = fft(u, vandermonde(C * B * gain, log_decay, length), length)
-        # Σ_l Ā^{t−1−l} B̄ u_l, with zeros before the first step to fill the last row; the powers factor into Ā^{ci} Ā^j.
-        coarse, fine = (power.flip(-1).to(z.dtype) for power in factors(log_decay, length))
-        rows, columns = coarse.shape[-1], fine.shape[-1]
-        filled = pad(u, (0, 0, rows * columns - length, 0)).unflatten(1, (rows, columns))
-        if self.real:
-            partial = torch.einsum("brcd,dnc->bdnr", filled, fine)
-        else:
-            partial = torch.einsum("brcd,dncp->bdnrp", filled, torch.view_as_real(fine))
-            partial = torch.view_as_complex(partial.contiguous())
-        final = B * gain * (partial * coarse).sum(-1)
-        if state is not None:
-            decay, before = torch.exp(log_decay).to(z.dtype), state.ssm.to(z.dtype)
-            y = y + vandermonde(C * decay * before, log_decay, length).mT
-            final = final + torch.exp(log_decay * length).to(z.dtype) * before
-        return y, final
+        return convolve(x.to(dt.dtype), log_decay, B * gain, C, None if state is None else state.ssm)

@@ -1,0 +1,3 @@
+"""Routes: mixers made of mixers."""
+
+from .bidirectional import Bidirectional as Bidirectional
