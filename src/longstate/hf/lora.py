@@ -20,6 +20,8 @@ LORA_TARGETS = (
     "k_proj",
     "v_proj",
     "o_proj",
+    "h_proj",
+    "mx_proj",
     "linear_x",
     "linear_y",
     "linear_out",
