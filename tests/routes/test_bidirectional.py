@@ -63,16 +63,18 @@ def test_one_sequence(shared: bool, timed: bool) -> None:
     assert abs(got[0, 1]) > 1e-3 and abs(got[1, 0]) > 1e-3 and got[3, 3] == pytest.approx(0.7)
 
 
-def test_documents_and_gaps() -> None:
-    """Two documents with steps between and in them that do not count: a block for each, zeros elsewhere."""
+@pytest.mark.parametrize("idle", [[], [0, 2, 4, 5, 9, 11]], ids=["whole", "with gaps"])
+def test_documents_and_gaps(idle: list[int]) -> None:
+    """Two documents, perhaps with steps between and in them that do not count: a block for each, zeros elsewhere."""
     mixer = Bidirectional(system(3), system(4)).double()
     start, valid = torch.zeros(LENGTH, dtype=torch.bool), torch.ones(LENGTH, dtype=torch.bool)
     start[5] = True
-    valid[[0, 2, 4, 5, 9, 11]] = False  # the second document begins at a step that does not count
+    valid[idle] = False  # with gaps, the second document begins at a step that does not count
     gaps = 0.3 + torch.rand(LENGTH, dtype=torch.float64)
     got = matrix(mixer, Timeline(gaps, start, valid))
     expected = np.zeros((LENGTH, LENGTH))
-    for document in ([1, 3], [6, 7, 8, 10]):
+    for steps in (range(5), range(5, LENGTH)):
+        document = [t for t in steps if t not in idle]
         expected[np.ix_(document, document)] = wanted(mixer, gaps.numpy()[document])
     assert np.abs(got - expected).max() < 1e-12
 

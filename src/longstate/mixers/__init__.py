@@ -3,6 +3,8 @@
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
 from .h3 import H3 as H3
+from .hyena import Hyena as Hyena
+from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
@@ -11,12 +13,16 @@ from .megalodon import Megalodon as Megalodon
 from .rglru import RGLRU as RGLRU
 from .s4d import S4D as S4D
 from .s5 import S5 as S5
+from .sg_conv import SGConv as SGConv
 from .short_conv import ShortConv as ShortConv
+from .tnn import TNN as TNN
 
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "h3": H3,
+    "hyena": Hyena,
+    "long_conv": LongConv,
     "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -25,5 +31,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "rglru": RGLRU,
     "s4d": S4D,
     "s5": S5,
+    "sg_conv": SGConv,
     "short_conv": ShortConv,
+    "tnn": TNN,
 }

@@ -77,7 +77,7 @@ def fft(u: Tensor, taps: Tensor, length: int) -> Tensor:
     Twice the length keeps the circular convolution from wrapping around.
     """
     taps = taps[:, :length]
-    size = _good_size(u.shape[-2] + taps.shape[1] - 1)
+    size = _good_size(max(u.shape[-2] + taps.shape[1] - 1, length))
     spectrum = torch.fft.rfft(taps, n=size).transpose(0, 1)
     return torch.fft.irfft(torch.fft.rfft(u, n=size, dim=-2) * spectrum, n=size, dim=-2)[..., :length, :]
 
