@@ -144,6 +144,8 @@ PLAIN: list[tuple[str, Callable[..., None]]] = [
     ("a state that grows", partial(contract.check_state_size, growth="constant")),
     ("a state that keeps all states alive", partial(contract.check_state_size, growth="constant")),
     ("", partial(contract.check_state_size, growth="grows")),
+    ("", contract.check_no_state),  # it has one
+    ("", contract.check_both_directions),  # it is causal
     ("initial state of another type", contract.check_initial_state),
     ("drops the initial state", contract.check_empty),
     ("unseeded draws", contract.check_reset),
