@@ -8,11 +8,10 @@ import torch
 from longstate import ops
 
 
-@pytest.mark.parametrize("taps", [65, 80, 200, 700])
-@pytest.mark.parametrize("length", [300, 600])
+@pytest.mark.parametrize(("length", "taps"), [(150, 65), (140, 69), (70, 80)])
 def test_kernels_shorter_than_half_a_row(taps: int, length: int) -> None:
-    u, kernel = torch.randn(2, length, 2, dtype=torch.float64), torch.randn(2, taps, dtype=torch.float64)
-    start, results = torch.rand(2, length) < 0.01, []
+    u, kernel = torch.randn(1, length, 1, dtype=torch.float64), torch.randn(1, taps, dtype=torch.float64)
+    start, results = torch.rand(1, length) < 0.01, []
     for backend in ("reference", "chunked"):
         x, k = u.clone().requires_grad_(), kernel.clone().requires_grad_()
         y, final = ops.convolution.long(x, k, start=start, backend=backend)

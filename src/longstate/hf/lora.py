@@ -10,7 +10,8 @@ from torch import nn
 from ..models.experts import Experts
 from .configuration import LongstateConfig
 
-# Every linear layer of every mixer and channel mixer but routers, by the last part of its name.
+# Every linear layer of every mixer and channel mixer by the last part of its name, but routers, and the small networks
+# that write the taps of a convolution (Hyena, TNN): their weights are read, they are not called.
 LORA_TARGETS = (
     "in_proj",
     "x_proj",
@@ -19,6 +20,7 @@ LORA_TARGETS = (
     "q_proj",
     "k_proj",
     "v_proj",
+    "u_proj",
     "o_proj",
     "h_proj",
     "mx_proj",
