@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.signal
@@ -87,6 +89,22 @@ def test_one_matrix_for_all_is_the_same_as_copies() -> None:
     (one,) = torch.autograd.grad(y.sin().sum() + final.sum(), shared)
     (all_,) = torch.autograd.grad(y_copies.sin().sum() + final_copies.sum(), copies)
     assert largest_error([one], [all_.sum(0, keepdim=True)]) < 1e-11
+
+
+def test_sequences_in_one_row_are_as_if_alone() -> None:
+    """Over many chunks, in systems that hardly forget: at every height of the tree a state must stop."""
+    cuts = [0, 70, 330, 331, 900, 1000]
+    _, B, C = hippo(4)
+    A = 0.999 * torch.linalg.qr(torch.randn(3, 4, 4, dtype=torch.float64))[0]
+    u = torch.randn(1, cuts[-1], 3, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(1, cuts[-1], dtype=torch.bool)
+    start[0, cuts[1:-1]] = True
+    y, final = ops.state_space(u, A, B, C, start=start)
+    parts = [ops.state_space(u[:, a:b], A, B, C) for a, b in pairwise(cuts)]
+    alone = torch.cat([part for part, _ in parts], 1)
+    assert largest_error([y, final], [alone, parts[-1][1]]) < 1e-10
+    gradients = [torch.autograd.grad(x.sin().sum() + f.sum(), u)[0] for x, f in ((y, final), (alone, parts[-1][1]))]
+    assert largest_error(gradients[:1], gradients[1:]) < 1e-10
 
 
 @pytest.mark.parametrize("flags", ["", "start", "valid", "start valid"])
