@@ -99,6 +99,7 @@ ROWS = [
     Row("s4d lin bilinear", lambda: S4D(4, 6, "lin", "bilinear"), _slow_modes),
     Row("s4d inv", lambda: S4D(3, 4, "inv", output="identity"), _slow_modes),
     Row("s4d quad", lambda: S4D(3, 4, "quad"), _slow_modes),
+    Row("s4d dfout", lambda: S4D(4, 6, "dfout"), _slow_modes),
     Row("s4d real", lambda: S4D(4, 5, "real"), _slow_modes),
     Row("s4d real bilinear", lambda: S4D(4, 5, "real", "bilinear"), _slow_modes),
     Row("s5", lambda: S5(4, 6), _slow_modes),

@@ -13,10 +13,11 @@ from scipy.signal import cont2discrete, dlsim
 
 from longstate import S4D, S5, Mixer, Timeline
 from longstate.mixers._modes import PARAMETERIZATIONS, real_part
-from longstate.systems import legs_normal
+from longstate.systems import legs, legs_normal, perturbed_legs
 
 CASES = [
     *(("s4d", kind, rule) for kind in ("legs", "lin", "inv", "quad", "real") for rule in ("zoh", "bilinear")),
+    *(("s4d", kind, "zoh") for kind in ("dfout", "ptd")),
     *(("s5", kind, rule) for kind in (1, 2) for rule in ("zoh", "bilinear")),
 ]
 
@@ -133,6 +134,36 @@ def test_initial_values(N: int) -> None:
     np.testing.assert_allclose(B, 1)
 
 
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("N", [2, 8, 64])
+def test_dfout_starts_with_poles_on_circles(N: int, rule: str) -> None:
+    mixer = S4D(5, N, "dfout", rule).double()
+    mixer.reset_parameters()
+    A, B, _, dt = (x.detach().numpy() for x in mixer.system())
+    z = A * dt[:, None]
+    poles = np.exp(z) if rule == "zoh" else (1 + z / 2) / (1 - z / 2)
+    np.testing.assert_allclose(np.abs(poles), np.exp(-dt / 2)[:, None].repeat(N // 2, 1), rtol=1e-9)
+    phase = np.angle(poles)
+    np.testing.assert_allclose(np.diff(phase, axis=1), 2 * math.pi / N, rtol=1e-9)
+    # Those of all channels together fill half the circle, and their conjugates the other one.
+    np.testing.assert_allclose(np.sort(phase.ravel()), 2 * math.pi * np.arange(5 * N // 2) / (5 * N), atol=1e-9)
+    np.testing.assert_allclose(B, 1)
+
+
+@pytest.mark.parametrize("N", [2, 8, 64])
+def test_ptd_starts_as_legs_itself_but_for_what_was_perturbed(N: int) -> None:
+    A, B = modes("ptd", N)
+    s = np.array([0.1j, 3j, 1 + 2j])
+    C = np.random.default_rng(0).normal(size=N)
+    system = perturbed_legs(N)
+    np.testing.assert_allclose(A, system.eigenvalues, rtol=1e-12)
+    read = C @ system.basis
+    got = [(read * B / (at - A)).sum() + (read.conj() * B.conj() / (at - A.conj())).sum() for at in s]
+    dense, b = legs(N)
+    wanted = [C @ np.linalg.solve(at * np.eye(N) - dense - system.perturbation, 0.9 * b) for at in s]
+    np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+
 @pytest.mark.parametrize("make", [lambda p: S4D(3, 8, parameterization=p), lambda p: S5(3, 8, 2, parameterization=p)])
 def test_every_parameterization_starts_at_the_same_system_and_but_one_keeps_it_stable(make: Any) -> None:
     functions = {
@@ -189,6 +220,24 @@ def test_the_initial_s5_is_its_dense_system() -> None:
     )
 
 
+@pytest.mark.parametrize("initialization", ["legs", "ptd"])
+def test_a_change_of_basis_leaves_the_initial_s5_as_it_was_drawn(initialization: Any) -> None:
+    """Its transfer function is that of the dense real blocks, with the B and C that a normal distribution gave."""
+    mixer = S5(3, 16, 2, initialization=initialization).double()
+    torch.manual_seed(7)
+    mixer.reset_parameters()
+    torch.manual_seed(7)
+    B = (torch.randn(2, 8, 3, dtype=torch.float64) / 3**0.5).numpy()
+    C = (torch.randn(3, 2, 8, dtype=torch.float64) / 16**0.5).numpy()
+    block = legs_normal(8)[0] if initialization == "legs" else legs(8)[0] + perturbed_legs(8).perturbation
+    values = real_part(mixer.A_real.detach(), "exp").numpy() + 1j * mixer.A_imag.detach().numpy()
+    for s in (0.3j, 5j, 1 - 2j):
+        got = complex_(mixer.C) / (s - values) @ complex_(mixer.B)
+        got = got + complex_(mixer.C).conj() / (s - values.conj()) @ complex_(mixer.B).conj()
+        wanted = sum(C[:, i] @ np.linalg.solve(s * np.eye(8) - block, B[i]) for i in range(2))
+        np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -204,6 +253,10 @@ def test_the_initial_s5_is_its_dense_system() -> None:
         (lambda: S5(4, 12, n_blocks=4), "n_blocks=4"),
         (lambda: S5(4, 8, discretization="zho"), "zoh"),
         (lambda: S5(4, 8, dt_min=0.0), "dt_min"),
+        (lambda: S5(4, 8, initialization="lgs"), "legs"),
+        (lambda: S4D(4, 9, "dfout"), "d_state=10"),
+        (lambda: S4D(4, 9, "ptd"), "d_state=10"),
+        (lambda: S4D(4, 64, "ptd", parameterization="stable"), "softplus"),
     ],
 )
 @pytest.mark.compiled  # apart from the run-time checks, which see a wrong literal first

@@ -16,7 +16,7 @@ from ..ops.selective_scan.discretization import phi
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._diagonal import CONVOLUTION_FROM, convolve
-from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
+from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, circle_modes, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
 
@@ -38,7 +38,9 @@ class S4D(Mixer):
     Args:
         d_model: Channels.
         d_state: Real states of a channel; of each conjugate pair of modes one is kept.
-        initialization: "legs" (HiPPO-LegS' normal part), "lin" (−½ + iπn), "inv", "quad" or "real" (−(n+1)).
+        initialization: "legs" (HiPPO-LegS' normal part), "lin" (−½ + iπn), "inv", "quad" or "real" (−(n+1)); "dfout"
+            (discrete poles equally spaced on a circle, those of the channels between one another); "ptd" (HiPPO-LegS
+            itself, perturbed and then diagonalised: S4-PTD).
         discretization: "zoh" or "bilinear".
         parameterization: How Re A comes from the parameter ``A_real``: "exp" (−e^w), "softplus" (−log(1 + e^w)),
             "stable" (−1/(w² + 0.1)), or "direct" (w, which nothing keeps negative). All start at the same A.
@@ -50,7 +52,8 @@ class S4D(Mixer):
         ValueError: If an option is none of those, or ``d_state`` is odd where modes come in pairs.
 
     Source:
-        Gu et al., arXiv:2206.11893; parameterisations of Re A, Wang and Li, arXiv:2311.14495.
+        Gu et al., arXiv:2206.11893; parameterisations of Re A, Wang and Li, arXiv:2311.14495; "ptd", Yu et al.,
+        arXiv:2310.01698; "dfout", arXiv:2508.20441.
     """
 
     def __init__(
@@ -93,17 +96,21 @@ class S4D(Mixer):
         """Draw Δ and C, and set A and B as the initialisation says."""
         if self.C.is_meta:
             return
-        A, B = initial_modes(self.initialization, self.d_state)
+        on_circle = self.initialization == "dfout"
+        A, B = initial_modes("lin" if on_circle else self.initialization, self.d_state)
         with torch.no_grad():
-            set_real_part_(self.A_real, A.real, self.parameterization, "S4D")
-            if self.A_imag is not None:
-                self.A_imag.copy_(torch.from_numpy(A.imag.copy()).expand_as(self.A_imag))
             self.B.copy_(
                 torch.from_numpy(B.real.copy() if self.real else np.stack([B.real, B.imag], -1)).expand_as(self.B)
             )
             nn.init.normal_(self.C, std=1 if self.real else math.sqrt(0.5))
             nn.init.normal_(self.D)
             log_uniform_(self.log_dt, self.dt_min, self.dt_max)
+            if on_circle:
+                dt = self.log_dt.double().exp().cpu().numpy()
+                A = circle_modes(dt, self.d_state, self.discretization)
+            set_real_part_(self.A_real, A.real, self.parameterization, "S4D")
+            if self.A_imag is not None:
+                self.A_imag.copy_(torch.from_numpy(A.imag.copy()).expand_as(self.A_imag))
         if isinstance(self.output, OutputGate):
             self.output.linear.reset_parameters()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -12,7 +11,7 @@ from .._errors import check_choice
 from .._shapes import Float, Inexact, Tensor
 from ..ops import scan
 from ..ops.selective_scan.discretization import coefficients
-from ..systems import diagonal_modes, legs_normal
+from ..systems import diagonal_modes, legs_normal, perturbed_legs
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._modes import PARAMETERIZATIONS, real_part, set_real_part_
@@ -35,19 +34,22 @@ class S5(Mixer):
     Args:
         d_model: Channels: inputs and outputs of the system.
         d_state: Real states; of each conjugate pair of modes one is kept.
-        n_blocks: How many copies of the normal part of HiPPO-LegS the initial Λ is made of.
+        n_blocks: How many copies of one system the initial Λ is made of.
         discretization: "zoh" or "bilinear".
         parameterization: How Re Λ comes from the parameter ``A_real``: "exp" (−e^w), "softplus" (−log(1 + e^w)),
             "stable" (−1/(w² + 0.1)), or "direct" (w, which nothing keeps negative). All start at the same Λ.
         dt_min: Smallest initial Δ, in nominal steps.
         dt_max: Largest initial Δ; they are drawn log-uniformly.
         output: "glu" (GELU and a gated linear unit across channels) or "identity" (the linear system alone).
+        initialization: That system: "legs" (the normal part of HiPPO-LegS) or "ptd" (HiPPO-LegS itself, perturbed and
+            then diagonalised: S5-PTD).
 
     Raises:
         ValueError: If an option is none of those, or ``d_state`` does not divide into blocks of pairs.
 
     Source:
-        Smith et al., arXiv:2208.04933; parameterisations of Re Λ, Wang and Li, arXiv:2311.14495.
+        Smith et al., arXiv:2208.04933; parameterisations of Re Λ, Wang and Li, arXiv:2311.14495; "ptd", Yu et al.,
+        arXiv:2310.01698.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class S5(Mixer):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         output: Literal["glu", "identity"] = "glu",
+        initialization: Literal["legs", "ptd"] = "legs",
     ) -> None:
         super().__init__()
         check_choice("S5", "discretization", discretization, ("zoh", "bilinear"))
         check_choice("S5", "parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("S5", "output", output, ("glu", "identity"))
+        check_choice("S5", "initialization", initialization, ("legs", "ptd"))
         if n_blocks < 1 or d_state < 2 or d_state % (2 * n_blocks):
             raise ValueError(
                 f"S5(d_state={d_state}, n_blocks={n_blocks}): each block needs an even number of states. "
@@ -73,7 +77,7 @@ class S5(Mixer):
         check_steps("S5", dt_min, dt_max)
         self.d_model, self.d_state, self.n_blocks = d_model, d_state, n_blocks
         self.discretization, self.parameterization = discretization, parameterization
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.initialization = dt_min, dt_max, initialization
         modes = d_state // 2
         self.A_real = mark(nn.Parameter(torch.empty(modes)), 1e-3)
         self.A_imag = mark(nn.Parameter(torch.empty(modes)), 1e-3)
@@ -89,14 +93,18 @@ class S5(Mixer):
         if self.C.is_meta:
             return
         block = self.d_state // self.n_blocks
-        modes = diagonal_modes(*legs_normal(block))
-        V = torch.from_numpy(modes.basis)
+        if self.initialization == "ptd":
+            eigenvalues, _, V, W, _ = (torch.from_numpy(x) for x in perturbed_legs(block))
+        else:
+            eigenvalues, _, V = (torch.from_numpy(x) for x in diagonal_modes(*legs_normal(block)))
+            W = V.mH  # the eigenvectors of a normal matrix are orthonormal
         with torch.no_grad():
-            set_real_part_(self.A_real, np.tile(modes.eigenvalues.real, self.n_blocks), self.parameterization, "S5")
-            self.A_imag.copy_(torch.from_numpy(modes.eigenvalues.imag.copy()).repeat(self.n_blocks))
+            eigenvalues = eigenvalues.repeat(self.n_blocks)
+            set_real_part_(self.A_real, eigenvalues.real.numpy(), self.parameterization, "S5")
+            self.A_imag.copy_(eigenvalues.imag)
             B = torch.randn(self.n_blocks, block, self.d_model, dtype=torch.float64) / self.d_model**0.5
             C = torch.randn(self.d_model, self.n_blocks, block, dtype=torch.float64) / self.d_state**0.5
-            self.B.copy_(torch.view_as_real((V.mH @ B.to(V.dtype)).flatten(0, 1)))
+            self.B.copy_(torch.view_as_real((W @ B.to(V.dtype)).flatten(0, 1)))
             self.C.copy_(torch.view_as_real((C.to(V.dtype) @ V).flatten(1)))
             nn.init.normal_(self.D)
             log_uniform_(self.log_dt, self.dt_min, self.dt_max)

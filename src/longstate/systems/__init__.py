@@ -32,6 +32,8 @@ from .hippo import lmu as lmu
 from .hippo import normal_plus_low_rank as normal_plus_low_rank
 from .hippo import nplr as nplr
 from .hippo import tilted_lagt as tilted_lagt
+from .perturbation import PerturbedSystem as PerturbedSystem
+from .perturbation import perturbed_legs as perturbed_legs
 from .realization import Realization as Realization
 from .realization import eigensystem_realization as eigensystem_realization
 from .realization import toeplitz_to_diagonal as toeplitz_to_diagonal
