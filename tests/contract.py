@@ -27,6 +27,7 @@ from longstate import (
     RGLRU,
     S4D,
     S5,
+    STU,
     TNN,
     Attention,
     Hyena,
@@ -162,6 +163,7 @@ ROWS = [
     Row("long_conv taps", lambda: LongConv(3, 80, kernel_dropout=0.0, output="identity")),
     Row("sg_conv", lambda: SGConv(4, 3, 4)),
     Row("hyena", lambda: Hyena(3, 40, d_hidden=5, bands=2), state="none"),
+    Row("stu", lambda: STU(3, 12, 2, alpha=0.3)),
     Row("tnn", lambda: TNN(4, 3, d_hidden=6), state="none"),
     Row("tnn state", lambda: TNN(3, d_hidden=4, n_layers=1, decay=0.9, state_for=9)),
 ]

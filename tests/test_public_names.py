@@ -29,6 +29,7 @@ NAMES = {
     "S4D",
     "S5",
     "SGConv",
+    "STU",
     "ShortConv",
     "Stack",
     "TNN",

@@ -12,6 +12,7 @@ from .mixers import LRU as LRU
 from .mixers import RGLRU as RGLRU
 from .mixers import S4D as S4D
 from .mixers import S5 as S5
+from .mixers import STU as STU
 from .mixers import TNN as TNN
 from .mixers import Attention as Attention
 from .mixers import Hyena as Hyena

@@ -87,6 +87,12 @@ def state_space_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Cal
     return ops.state_space, dict(u=u, A=A, B=B, C=C, initial=torch.randn(b, d, n, dtype=dtype))
 
 
+def matrix_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A rotation that shrinks a little, so that the state neither fades nor grows within the sequence."""
+    A = 0.99 * torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0].to(dtype)
+    return ops.matrix_scan, dict(A=A, b=torch.randn(b, t, 5, dtype=dtype), initial=torch.randn(b, 5, dtype=dtype))
+
+
 CASES = [
     *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
     *(
@@ -101,6 +107,7 @@ CASES = [
     *((state_space_case, k) for k in ("", "shared")),
     *((short_case, k) for k in ("", "one")),
     *((long_case, k) for k in ("", "few")),
+    (matrix_case, ""),
 ]
 IDS = [f"{make.__name__.removesuffix('_case')} {kind}".strip() for make, kind in CASES]
 

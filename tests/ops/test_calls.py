@@ -24,7 +24,7 @@ from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"delta_rule", "state_space", "rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"delta_rule", "state_space", "matrix_scan", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -210,6 +210,7 @@ def registered() -> dict[str, dict[str, Any]]:
         "state_space": dict(u=u, taps=t(3, 2), write=t(3, 2, 4), read=t(3, 2, 4), through=t(3, 4, 4), initial=h) | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
+        "matrix_scan": dict(A=t(3, 3), b=t(2, 5, 3), initial=t(2, 3)) | one,
         "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,
         "cauchy": dict(a=t(4, 3, 4), b=t(4, 3, 4), real=t(3, 4), imaginary=t(3, 4), single=False)
         | dict(nodes=torch.randn(9, dtype=torch.complex128))
