@@ -31,6 +31,7 @@ from longstate import (
     TNN,
     Attention,
     Hyena,
+    LinOSS,
     LongConv,
     Mamba,
     Mamba2,
@@ -67,7 +68,7 @@ class Row(NamedTuple):
     state: str = "constant"
 
 
-def _slow_modes(mixer: S4D | S5, factor: float) -> None:
+def _slow_modes(mixer: S4D | S5 | LinOSS, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
@@ -109,6 +110,8 @@ ROWS = [
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
+    Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),
+    Row("linoss imex", lambda: LinOSS(3, 4, "imex", "exp", dt_max=0.3), _slow_modes),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba

@@ -19,6 +19,7 @@ NAMES = {
     "Hyena",
     "LRU",
     "LanguageModel",
+    "LinOSS",
     "LongConv",
     "Mamba",
     "Mamba2",

@@ -33,6 +33,17 @@ def scan_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[.
     return ops.scan, dict(a=a, b=torch.randn(b, t, 5, dtype=c), initial=torch.randn(b, 5, dtype=c))
 
 
+def block_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Matrices with one eigenvector only among others, none of which lets the state grow for long."""
+    c = dtype.to_complex() if "complex" in kind else dtype
+    size, columns = (3, 1) if "three" in kind else (2, 2)
+    a = torch.randn(*(() if "fixed" in kind else (b, t)), 4, size, size, dtype=c)
+    a = 0.9 * a / torch.linalg.matrix_norm(a, 2, keepdim=True)
+    a[..., 0, :, :] = 0.5 * torch.eye(size, dtype=c) + 0.4 * torch.eye(size, dtype=c).roll(1, 0).tril()
+    b_t, initial = (torch.randn(*s, 4, size, columns, dtype=c) for s in ((b, t), (b,)))
+    return ops.block_scan, dict(a=a, b=b_t, initial=initial)
+
+
 def selective_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
     d, n = 3, 4
     A = -torch.rand(d, n, dtype=dtype) * 3
@@ -95,6 +106,7 @@ def matrix_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable
 
 CASES = [
     *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
+    *((block_case, k) for k in ("fixed", "step", "step complex three")),
     *(
         (selective_case, k)
         for k in ("zoh-euler", "zoh", "bilinear", "zoh complex fixed", "bilinear complex fixed", "zoh-euler complex")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longstate import ops
+from longstate.ops.block_scan import chunked as block_chunked
 from longstate.ops.delta_rule import chunked as delta_chunked
 from longstate.ops.linear_attention import chunked as linear_chunked
 from longstate.ops.scan import chunked as scan_chunked
@@ -24,7 +25,7 @@ from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"delta_rule", "state_space", "matrix_scan", "rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"block_scan", "delta_rule", "state_space", "matrix_scan", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -135,6 +136,11 @@ def watched(name: str, length: int) -> tuple[Watch, int, int]:
         states = b * length * d * 4 * n
         with Watch() as watch:
             scan_chunked.scan(*given)
+    elif name == "block_scan":
+        given = (torch.rand(b, length, d, 2, 2), torch.randn(b, length, d, 2, 1), torch.zeros(b, d, 2, 1))
+        states = b * length * d * 2 * 4 * n
+        with Watch() as watch:
+            block_chunked.block_scan(*given)
     else:
         q, k, v = torch.randn(b, length, 2, n), torch.randn(b, length, 2, n), torch.randn(b, length, 2, n)
         g = -torch.rand((b, length, 2, n) if name.endswith("channel") else (b, length, 2))
@@ -153,7 +159,7 @@ def watched(name: str, length: int) -> tuple[Watch, int, int]:
 ATTENTIONS = ("linear_attention", "linear_attention channel", "delta_rule", "delta_rule channel")
 
 
-@pytest.mark.parametrize("name", ["scan", "selective_scan", "state_space", *ATTENTIONS])
+@pytest.mark.parametrize("name", ["scan", "block_scan", "selective_scan", "state_space", *ATTENTIONS])
 def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
     (short, _, _), (long, given, states) = watched(name, 4096), watched(name, 8192)
     assert long.peak <= 2.1 * short.peak
@@ -166,6 +172,7 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
     [
         ("scan", 4096, 40),
         ("state_space", 4096, 80),
+        ("block_scan", 4096, 60),
         ("selective_scan", 32, 500),
         ("linear_attention", 512, 300),
         ("delta_rule", 64, 150),
@@ -204,6 +211,7 @@ def registered() -> dict[str, dict[str, Any]]:
     one = dict(start=start, valid=~start, discretization="zoh", keep=True, backend="chunked", segment=segment)
     return {
         "scan": dict(a=torch.rand(2, 5, 3).double().requires_grad_(), b=t(2, 5, 3), initial=t(2, 3)) | one,
+        "block_scan": dict(a=t(2, 5, 3, 2, 2), b=t(2, 5, 3, 2, 4), initial=t(2, 3, 2, 4)) | one,
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from longstate import ops
-from ops.test_against_reference import CASES, IDS, flags, largest_error, linear_case, run, scan_case, selective_case
+from ops.test_against_reference import (
+    CASES,
+    IDS,
+    block_case,
+    flags,
+    largest_error,
+    linear_case,
+    run,
+    scan_case,
+    selective_case,
+)
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 LENGTH = 150
@@ -89,6 +99,16 @@ def test_scan_is_differentiable_twice(kind: str, marks: str) -> None:
     _, arguments = scan_case(kind, 1, 4, torch.float64)
     values, options = [x.requires_grad_() for x in arguments.values()], flags(marks, 1, 4)
     assert torch.autograd.gradgradcheck(lambda a, b, initial: ops.scan(a, b, initial, **options), values)
+
+
+@pytest.mark.parametrize("marks", ["", "start valid"])
+@pytest.mark.parametrize("kind", ["fixed", "step complex three"])
+def test_the_block_scan_is_differentiable_twice(kind: str, marks: str) -> None:
+    _, arguments = block_case(kind, 1, 4, torch.float64)
+    values, options = [x.requires_grad_() for x in arguments.values()], flags(marks, 1, 4)
+    assert torch.autograd.gradgradcheck(
+        lambda a, b, initial: ops.block_scan(a, b, initial, **options), values, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["head", "channel"])

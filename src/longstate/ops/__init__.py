@@ -2,6 +2,7 @@
 
 from . import convolution as convolution
 from ._register import backends as backends
+from .block_scan import block_scan as block_scan
 from .cauchy import cauchy as cauchy
 from .delta_rule import delta_rule as delta_rule
 from .linear import linear as linear

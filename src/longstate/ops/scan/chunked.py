@@ -55,7 +55,7 @@ def scan_backward(
     per_step = conjugate.ndim == h.ndim
     reversed_a = torch.cat([torch.zeros_like(conjugate[:, :1]), conjugate[:, 1:].flip(1)], 1) if per_step else conjugate
     adjoint = (states or odd_even)(reversed_a, grad.flip(1)).flip(1)
-    grad_a = adjoint * _before_each(wide, initial, start, valid).conj()
+    grad_a = adjoint * before_each(wide, initial, start, valid).conj()
     for mask in (valid, None if start is None else ~start):
         grad_a = zero_where_invalid(grad_a, mask)
     grad_initial = (conjugate[:, 0] if per_step else conjugate) * adjoint[:, 0]
@@ -66,13 +66,13 @@ def scan_backward(
 def masked(a: Tensor, b: Tensor, start: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write starts and steps that do not count into the coefficients and inputs."""
     if valid is not None:
-        a, b = torch.where(_over(valid, b), a, 1), torch.where(_over(valid, b), b, 0)
+        a, b = torch.where(over(valid, b), a, 1), torch.where(over(valid, b), b, 0)
     if start is not None:
-        a = torch.where(_over(start, b), 0, a)
+        a = torch.where(over(start, b), 0, a)
     return a, b
 
 
-def _before_each(h: Tensor, initial: Tensor | None, start: Tensor | None, valid: Tensor | None) -> Tensor:
+def before_each(h: Tensor, initial: Tensor | None, start: Tensor | None, valid: Tensor | None) -> Tensor:
     """Return the state before each step, were it not for starts there."""
     first = torch.zeros_like(h[:, :1]) if initial is None else initial[:, None]
     states = torch.cat([first, h[:, :-1]], 1)
@@ -82,10 +82,10 @@ def _before_each(h: Tensor, initial: Tensor | None, start: Tensor | None, valid:
     there = (valid if start is None else valid | start)[:, :-1]
     last = torch.where(there, torch.arange(1, h.shape[1], device=h.device), 0).cummax(1).values
     last = torch.cat([torch.zeros_like(valid[:, :1], dtype=last.dtype), last], 1)
-    return states.gather(1, _over(last, h).expand(h.shape))
+    return states.gather(1, over(last, h).expand(h.shape))
 
 
-def _over(mask: Tensor, x: Tensor) -> Tensor:
+def over(mask: Tensor, x: Tensor) -> Tensor:
     """Return ``[b t]`` with axes for the rest of ``[b t …]``."""
     return mask.view(*mask.shape, *[1] * (x.ndim - 2))
 
