@@ -135,7 +135,7 @@ def _matrices(layer: Mixer, dt: float, channels: Sequence[int] | None) -> list[F
     with torch.no_grad():
         if not layer.causal or not _is_linear(step, timeline):
             raise ValueError(
-                f"linear_systems: {name} is not a linear time-invariant system: what a step does depends on its inputs,"
+                f"linear_systems: {name} is not a linear time-invariant system: what a step does depends on its inputs"
                 " or on when it happens. S4D, S5 and LRU are such systems; plot_memory is for any causal layer."
             )
         found = (_Reader(step, timeline, guess, chosen).read(name) for guess in guesses)

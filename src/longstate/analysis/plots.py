@@ -116,7 +116,11 @@ def plot_kernel(
     for i, ((label, system), panel) in enumerate(zip(lines, panels, strict=True)):
         count = _duration([system]) if steps is None else steps
         taps = systems.impulse_response(system, count).real[:, 0, 0]
-        panel.plot(np.arange(count) / (sample_rate or 1.0), taps, **_line(i), label=label)
+        if steps is None:
+            # To where no more than a hundredth of what follows the first tap is left, as a norm.
+            left = np.cumsum(taps[:0:-1] ** 2)[::-1]
+            taps = taps[: max(16, 1 + int((left > 1e-4 * left[0]).sum()))]
+        panel.plot(np.arange(len(taps)) / (sample_rate or 1.0), taps, **_line(i), label=label)
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
         panel.margins(x=0)
         # The skip from input to output would make all else flat.
@@ -336,7 +340,7 @@ def _s_plane(axes: Axes, sample_rate: float | None) -> None:
     ):
         sizes = np.abs(values[np.abs(values) > 1e-9])
         small, large = (sizes.min(), sizes.max()) if len(sizes) else (1e-3, 1.0)
-        small = max(small, large * 1e-5)
+        small = 10 ** np.floor(np.log10(max(small, large * 1e-5)))
         scale("symlog", linthresh=small, linscale=1)
         limits(-2 * large, small / 2 if values.max() <= 0 else 2 * large)
     axes.axvspan(0, axes.get_xlim()[1], color=COLORS[1], alpha=0.12, linewidth=0)
