@@ -12,7 +12,7 @@ import typer
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import doctor, export, generate, import_, info, train
+from . import analyze, doctor, export, generate, import_, info, train
 
 app = typer.Typer(
     name="longstate",
@@ -24,13 +24,16 @@ app = typer.Typer(
 app.command("train", short_help="Train a language model on text.")(train.command)
 app.command("generate", short_help="Write on from a prompt.")(generate.command)
 app.command("info", short_help="Say how large a model is and what a token costs.")(info.command)
+app.command("analyze", short_help="Write a page with pictures of a model's layers.")(analyze.command)
 app.command("import", short_help="Take a published model into our own format.")(import_.command)
 app.command("export", short_help="Write a model as transformers reads it.")(export.command)
 app.command("doctor", short_help="Say what is installed and which backends run.")(doctor.command)
 
 _TRACEBACK = "--traceback"
 # The packages of an extra, by what Python calls them.
-_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "tensorboard", "tokenizers"), "train") | {"transformers": "hf"}
+_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "rich", "tensorboard", "tokenizers"), "train") | {
+    "transformers": "hf"
+}
 
 
 def _version(asked: bool) -> bool:
