@@ -6,6 +6,7 @@ from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
+from .lssl import LSSL as LSSL
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .mega import Mega as Mega
@@ -24,6 +25,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hyena": Hyena,
     "long_conv": LongConv,
     "lru": LRU,
+    "lssl": LSSL,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,
