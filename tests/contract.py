@@ -24,6 +24,7 @@ import longstate
 from longstate import (
     H3,
     LRU,
+    LSSL,
     RGLRU,
     S4D,
     S5,
@@ -68,7 +69,7 @@ class Row(NamedTuple):
     state: str = "constant"
 
 
-def _slow_modes(mixer: S4D | S5 | LinOSS, factor: float) -> None:
+def _slow_modes(mixer: Any, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
@@ -108,6 +109,8 @@ ROWS = [
     Row("s5 blocks bilinear", lambda: S5(4, 8, 2, "bilinear"), _slow_modes),
     Row("s4d stable", lambda: S4D(3, 4, "lin", parameterization="stable"), _slow_modes),
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
+    Row("lssl", lambda: LSSL(3, 4), _slow_modes),
+    Row("lssl own matrices", lambda: LSSL(3, 4, "legt", shared=False, alpha=0.7, output="identity"), _slow_modes),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),

@@ -18,6 +18,7 @@ NAMES = {
     "H3",
     "Hyena",
     "LRU",
+    "LSSL",
     "LanguageModel",
     "LinOSS",
     "LongConv",

@@ -7,6 +7,7 @@ from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
+from .lssl import LSSL as LSSL
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .mega import Mega as Mega
@@ -27,6 +28,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "linoss": LinOSS,
     "long_conv": LongConv,
     "lru": LRU,
+    "lssl": LSSL,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,
