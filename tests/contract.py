@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import longstate
 from longstate import (
+    DSS,
     H3,
     LRU,
     RGLRU,
@@ -66,7 +67,7 @@ class Row(NamedTuple):
     state: str = "constant"
 
 
-def _slow_modes(mixer: S4D | S5, factor: float) -> None:
+def _slow_modes(mixer: S4D | S5 | DSS, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
@@ -106,6 +107,8 @@ ROWS = [
     Row("s5 blocks bilinear", lambda: S5(4, 8, 2, "bilinear"), _slow_modes),
     Row("s4d stable", lambda: S4D(3, 4, "lin", parameterization="stable"), _slow_modes),
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
+    Row("dss exp", lambda: DSS(4, 3), _slow_modes),
+    Row("dss softmax", lambda: DSS(4, 3, "softmax", 100)),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
