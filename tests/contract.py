@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import longstate
 from longstate import (
+    DSS,
     H3,
     LRU,
     LSSL,
@@ -111,6 +112,8 @@ ROWS = [
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
     Row("lssl", lambda: LSSL(3, 4), _slow_modes),
     Row("lssl own matrices", lambda: LSSL(3, 4, "legt", shared=False, alpha=0.7, output="identity"), _slow_modes),
+    Row("dss exp", lambda: DSS(4, 3), _slow_modes),
+    Row("dss softmax", lambda: DSS(4, 3, "softmax", 100)),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),

@@ -2,6 +2,7 @@
 
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
+from .dss import DSS as DSS
 from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
@@ -23,6 +24,7 @@ from .tnn import TNN as TNN
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "dss": DSS,
     "h3": H3,
     "hyena": Hyena,
     "linoss": LinOSS,
