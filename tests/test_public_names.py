@@ -19,6 +19,7 @@ NAMES = {
     "Hyena",
     "LRU",
     "LanguageModel",
+    "LiquidS4",
     "LongConv",
     "Mamba",
     "Mamba2",

@@ -16,6 +16,7 @@ from .mixers import STU as STU
 from .mixers import TNN as TNN
 from .mixers import Attention as Attention
 from .mixers import Hyena as Hyena
+from .mixers import LiquidS4 as LiquidS4
 from .mixers import LongConv as LongConv
 from .mixers import Mamba as Mamba
 from .mixers import Mamba2 as Mamba2

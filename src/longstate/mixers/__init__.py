@@ -4,6 +4,7 @@ from ._base import Mixer as Mixer
 from .attention import Attention as Attention
 from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
+from .liquid_s4 import LiquidS4 as LiquidS4
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "h3": H3,
     "hyena": Hyena,
+    "liquid_s4": LiquidS4,
     "long_conv": LongConv,
     "lru": LRU,
     "mamba": Mamba,
