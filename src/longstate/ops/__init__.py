@@ -13,4 +13,5 @@ from .scan import scan as scan
 from .scan import scan_decay as scan_decay
 from .selective_scan import selective_scan as selective_scan
 from .selective_scan import selective_scan_decay as selective_scan_decay
+from .state_space import state_space as state_space
 from .vandermonde import vandermonde as vandermonde
