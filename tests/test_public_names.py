@@ -22,6 +22,7 @@ NAMES = {
     "LSSL",
     "LanguageModel",
     "LinOSS",
+    "LiquidS4",
     "LongConv",
     "Mamba",
     "Mamba2",

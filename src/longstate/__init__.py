@@ -19,6 +19,7 @@ from .mixers import TNN as TNN
 from .mixers import Attention as Attention
 from .mixers import Hyena as Hyena
 from .mixers import LinOSS as LinOSS
+from .mixers import LiquidS4 as LiquidS4
 from .mixers import LongConv as LongConv
 from .mixers import Mamba as Mamba
 from .mixers import Mamba2 as Mamba2

@@ -6,6 +6,7 @@ from .dss import DSS as DSS
 from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
+from .liquid_s4 import LiquidS4 as LiquidS4
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
 from .lssl import LSSL as LSSL
@@ -28,6 +29,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "h3": H3,
     "hyena": Hyena,
     "linoss": LinOSS,
+    "liquid_s4": LiquidS4,
     "long_conv": LongConv,
     "lru": LRU,
     "lssl": LSSL,
