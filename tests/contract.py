@@ -43,7 +43,7 @@ from longstate import (
     ops,
 )
 from longstate.ops import _register
-from longstate.routes import Bidirectional
+from longstate.routes import Bidirectional, HiSS
 from poison import poisoned_memory
 
 Factory = Callable[[], Mixer]
@@ -71,9 +71,9 @@ def _slow_modes(mixer: S4D | S5 | LinOSS, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
-def _slow_route(mixer: Bidirectional, factor: float) -> None:
-    for part in (mixer.ahead, mixer.back):
-        if part is not None:
+def _slow_route(route: Bidirectional | HiSS, factor: float) -> None:
+    for part in route.children():
+        if isinstance(part, Mixer):
             _slow_modes(part, factor)
 
 
@@ -160,6 +160,7 @@ ROWS = [
     Row("h3 single channels", lambda: H3(3, 6, d_conv=5)),
     Row("bidirectional", lambda: Bidirectional(S4D(4, 6), S5(4, 4)), _slow_route, "none"),
     Row("bidirectional shared", lambda: Bidirectional(S4D(4, 4, "inv", output="identity")), _slow_route, "none"),
+    Row("hiss", lambda: HiSS(S4D(4, 4), S5(4, 4), 3), _slow_route),
     Row("long_conv", lambda: LongConv(4, 20, squash=0.05, kernel_dropout=0.0)),
     Row("long_conv taps", lambda: LongConv(3, 80, kernel_dropout=0.0, output="identity")),
     Row("sg_conv", lambda: SGConv(4, 3, 4)),
