@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import longstate
 from longstate import (
+    FFM,
     H3,
     LRU,
     RGLRU,
@@ -77,6 +78,11 @@ def _slow_route(route: Bidirectional | HiSS, factor: float) -> None:
             _slow_modes(part, factor)
 
 
+def _slow_ffm(mixer: FFM, factor: float) -> None:
+    mixer.alpha.data *= factor
+    mixer.omega.data *= factor
+
+
 def _slow_mamba(mixer: Mamba, factor: float) -> None:
     """Δ meets A and B; what the state should gain, the skip loses and the projection gains."""
     mixer.A_log.data += math.log(factor)
@@ -110,6 +116,7 @@ ROWS = [
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),
     Row("linoss imex", lambda: LinOSS(3, 4, "imex", "exp", dt_max=0.3), _slow_modes),
+    Row("ffm", lambda: FFM(4, 3, 2), _slow_ffm),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba

@@ -2,6 +2,7 @@
 
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
+from .ffm import FFM as FFM
 from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
@@ -21,6 +22,7 @@ from .tnn import TNN as TNN
 # The names by which models call them.
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "ffm": FFM,
     "h3": H3,
     "hyena": Hyena,
     "linoss": LinOSS,
