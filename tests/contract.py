@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import longstate
 from longstate import (
     DSS,
+    FFM,
     H3,
     LRU,
     LSSL,
@@ -47,7 +48,7 @@ from longstate import (
     ops,
 )
 from longstate.ops import _register
-from longstate.routes import Bidirectional
+from longstate.routes import Bidirectional, HiSS
 from poison import poisoned_memory
 
 Factory = Callable[[], Mixer]
@@ -75,10 +76,15 @@ def _slow_modes(mixer: Any, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
-def _slow_route(mixer: Bidirectional, factor: float) -> None:
-    for part in (mixer.ahead, mixer.back):
-        if part is not None:
+def _slow_route(route: Bidirectional | HiSS, factor: float) -> None:
+    for part in route.children():
+        if isinstance(part, Mixer):
             _slow_modes(part, factor)
+
+
+def _slow_ffm(mixer: FFM, factor: float) -> None:
+    mixer.alpha.data *= factor
+    mixer.omega.data *= factor
 
 
 def _slow_mamba(mixer: Mamba, factor: float) -> None:
@@ -119,6 +125,7 @@ ROWS = [
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),
     Row("linoss imex", lambda: LinOSS(3, 4, "imex", "exp", dt_max=0.3), _slow_modes),
+    Row("ffm", lambda: FFM(4, 3, 2), _slow_ffm),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba
@@ -169,6 +176,7 @@ ROWS = [
     Row("h3 single channels", lambda: H3(3, 6, d_conv=5)),
     Row("bidirectional", lambda: Bidirectional(S4D(4, 6), S5(4, 4)), _slow_route, "none"),
     Row("bidirectional shared", lambda: Bidirectional(S4D(4, 4, "inv", output="identity")), _slow_route, "none"),
+    Row("hiss", lambda: HiSS(S4D(4, 4), S5(4, 4), 3), _slow_route),
     Row("long_conv", lambda: LongConv(4, 20, squash=0.05, kernel_dropout=0.0)),
     Row("long_conv taps", lambda: LongConv(3, 80, kernel_dropout=0.0, output="identity")),
     Row("sg_conv", lambda: SGConv(4, 3, 4)),

@@ -12,7 +12,7 @@ pytest.register_assert_rewrite("contract")
 import contract  # noqa: E402
 from contract import COMBINATIONS, CUTS, ROWS, STEPS, WHOLE, Row  # noqa: E402
 from longstate.mixers import MIXERS  # noqa: E402
-from longstate.routes import Bidirectional  # noqa: E402
+from longstate.routes import ROUTES  # noqa: E402
 
 EVERYTHING = "dt start valid"
 STATEFUL = [row for row in ROWS if row.state != "none"]  # the others have nothing to hand on from piece to piece
@@ -39,7 +39,7 @@ def pairs(combinations: list[str] = COMBINATIONS, chosen: list[Row] = ROWS) -> p
 
 
 def test_every_mixer_has_a_row() -> None:
-    assert {type(row.make()) for row in ROWS} == {*MIXERS.values(), Bidirectional}
+    assert {type(row.make()) for row in ROWS} == {*MIXERS.values(), *ROUTES.values()}
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 

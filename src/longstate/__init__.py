@@ -8,6 +8,7 @@ from .checkpoints import load_pretrained as load_pretrained
 from .checkpoints import save as save
 from .generate import generate as generate
 from .mixers import DSS as DSS
+from .mixers import FFM as FFM
 from .mixers import H3 as H3
 from .mixers import LRU as LRU
 from .mixers import LSSL as LSSL

@@ -150,8 +150,14 @@ def read(
         chunk: Tokens taken in at a time, which bounds the memory that a long text needs.
 
     Raises:
-        ValueError: If there is nothing to read, or there are not as many memories as prompts.
+        ValueError: If there is nothing to read, there are not as many memories as prompts, or a layer has no state.
     """
+    for i, state in enumerate(model.initial_state(1)):
+        if state is None:
+            raise ValueError(
+                f"layers[{i}] ({model.config['layers'][i]!r:.80}) has no state, so that there is nothing to go on"
+                " from, token by token. Take layers that have one."
+            )
     if not len(prompts):
         raise ValueError("there is no prompt. Give at least one.")
     device = next(model.parameters()).device

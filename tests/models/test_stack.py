@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longstate import LanguageModel, Stack, Timeline
+from longstate import LRU, S4D, S5, LanguageModel, Stack, Timeline, load, save
+from longstate.generate import read
 from longstate.models.stack import GatedMLP
+from longstate.routes import Bidirectional, HiSS
 
 LAYERS: list[Any] = [
     {"mixer": "mamba", "d_state": 4},
@@ -97,6 +100,36 @@ def test_a_configuration_builds_the_same_model_again() -> None:
     assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
+ROUTES: list[Any] = [
+    {"mixer": "hiss", "lower": {"mixer": "s4d", "d_state": 4}, "higher": "s5", "chunk": 3, "mlp": {"hidden": 8}},
+    {"mixer": "bidirectional", "ahead": "lru"},
+    {"mixer": "bidirectional", "ahead": "s5", "back": {"mixer": "hiss", "lower": "s5", "higher": "lru", "chunk": 2}},
+    {"mixer": "bidirectional", "ahead": "s5", "back": None},
+]
+
+
+def test_routes_by_name_are_those_made_by_hand_and_come_back_from_a_file(tmp_path: Path) -> None:
+    model = LanguageModel(17, 16, ROUTES)
+    made = [
+        HiSS(S4D(16, 4), S5(16), 3),
+        Bidirectional(LRU(16)),
+        Bidirectional(S5(16), HiSS(S5(16), LRU(16), 2)),
+        Bidirectional(S5(16)),
+    ]
+    x, tokens = torch.randn(2, 7, 16), torch.randint(17, (2, 7))
+    for block, route in zip(model.backbone.layers, made, strict=True):
+        route.load_state_dict(block.mixer.state_dict())
+        assert torch.equal(block.mixer(x)[0], route(x)[0])
+    assert model.backbone.layers[0].mlp is not None and model.backbone.layers[1].mlp is None
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path)(tokens)[0], model(tokens)[0])
+
+
+def test_no_text_is_continued_by_a_layer_without_a_state() -> None:
+    with pytest.raises(ValueError, match=r"layers\[1\] .*bidirectional.* has no state"):
+        read(LanguageModel(17, 16, ["s5", {"mixer": "bidirectional", "ahead": "s5"}]), [[1, 2]])
+
+
 def test_the_loss_leaves_out_what_it_is_told_to() -> None:
     model = LanguageModel(17, 16, ["s5"])
     tokens, targets = torch.randint(17, (2, 6)), torch.randint(17, (2, 6))
@@ -126,6 +159,17 @@ def wrong() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"layers": ["mamba3"]}, r"layers\[0\]: there is no mixer 'mamba3'. Did you mean 'mamba"
     yield {"layers": ["s5", {"mixer": "mamba", "d_stat": 4}]}, r"layers\[1\]: mamba has no option 'd_stat'. Did you"
     yield {"layers": [{"d_state": 4}]}, r"layers\[0\] = .*wanted the name of a mixer"
+    yield {"layers": [{"mixer": 3}]}, r"layers\[0\] = {'mixer': 3}: wanted the name of a mixer"
+    yield {"layers": [{"mixer": None}]}, "a layer without a mixer has an mlp"
+    yield {"layers": ["bidirectionl"]}, r"layers\[0\]: there is no mixer 'bidirectionl'. Did you mean 'bidirectional'"
+    yield {"layers": ["bidirectional"]}, r"layers\[0\]: bidirectional: ahead is missing"
+    yield {"layers": [{"mixer": "bidirectional", "ahead": None}]}, r"bidirectional: ahead = None: wanted the name of a"
+    yield (
+        {"layers": [{"mixer": "bidirectional", "ahead": "s6"}]},
+        r"layers\[0\]: bidirectional: ahead: there is no mixer",
+    )
+    yield {"layers": [{"mixer": "bidirectional", "ahead": "s5", "bak": "s5"}]}, "no option 'bak'. Did you mean 'back'"
+    yield {"layers": [{"mixer": "hiss", "lower": "s5", "higher": "s5", "chunk": 2.5}]}, "chunk is 2.5, wanted int"
     yield {"layers": "mamba2"}, "wanted a list with an entry for each layer"
     yield {"layers": ["s5"], "mlp": {"hiden": 3}}, "mlp has no option 'hiden'. Did you mean 'hidden'"
     yield {"layers": ["s5"], "mlp": {"hidden": 0}}, "at least one inner channel"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..mixers import MIXERS
 from ..models import LanguageModel
 from ..models.stack import CHANNEL_MIXERS
+from ..routes import ROUTES
 from ._options import Options
 
 # What only says how a model begins, how it is rounded or trained; not what it computes.
@@ -165,7 +166,7 @@ def period(where: str, flags: Iterable[bool]) -> tuple[int, int]:
 
 
 def _defaults(kind: str) -> dict[str, Any]:
-    owner: Any = {"": LanguageModel, **MIXERS, **CHANNEL_MIXERS}[kind]
+    owner: Any = {"": LanguageModel, **MIXERS, **ROUTES, **CHANNEL_MIXERS}[kind]
     parameters = inspect.signature(owner.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 

@@ -3,6 +3,7 @@
 from ._base import Mixer as Mixer
 from .attention import Attention as Attention
 from .dss import DSS as DSS
+from .ffm import FFM as FFM
 from .h3 import H3 as H3
 from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
@@ -26,6 +27,7 @@ from .tnn import TNN as TNN
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "dss": DSS,
+    "ffm": FFM,
     "h3": H3,
     "hyena": Hyena,
     "linoss": LinOSS,

@@ -16,6 +16,7 @@ from .._errors import check_choice, nearest
 from .._shapes import Float, Tensor
 from ..mixers import MIXERS, Mixer
 from ..mixers._parts import RMSNorm
+from ..routes import ROUTES
 from ..timeline import Timeline
 from ._one_token import one_token
 from .channels import MLP, GatedMLP
@@ -71,7 +72,8 @@ class Stack(nn.Module):
     Args:
         d_model: Channels of the residual stream.
         layers: For each layer the name of a mixer, or a mapping with that name under "mixer" (None for no mixer) and
-            options of its constructor; a mapping may also hold "mlp", which replaces the stack's for this layer.
+            options of its constructor; a mapping may also hold "mlp", which replaces the stack's for this layer. The
+            mixers of a route are given likewise: {"mixer": "bidirectional", "ahead": "s5", "back": {"mixer": "s4d"}}.
         mlp: The channel mixer after each mixer: options of its constructor, and under "kind" which one: "gated" (the
             default), "plain" or "experts"; none when absent.
         embedding: What takes inputs to ``[b t d]``, such as ``torch.nn.Embedding``; nothing when absent.
@@ -184,22 +186,35 @@ def _parts(
 ) -> tuple[Mixer | None, nn.Module | None]:
     """Build mixer and channel mixer of a layer from its description."""
     where = f"layers[{i}]"
-    options: dict[str, Any] = {"mixer": layer} if isinstance(layer, str) else {}
+    spec = layer
     if isinstance(layer, Mapping):
-        options = dict(layer)
-    if not isinstance(options.get("mixer", 0), str | None):
-        raise ValueError(
-            f'{where} = {layer!r:.200}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}'
-        )
-    name, mlp = options.pop("mixer"), options.pop("mlp", mlp)
-    if name is None and (options or mlp is None):
+        spec, mlp = {name: value for name, value in layer.items() if name != "mlp"}, layer.get("mlp", mlp)
+    without = isinstance(spec, Mapping) and spec.get("mixer", 0) is None
+    if without and (len(spec) > 1 or mlp is None):
         raise ValueError(f"{where} = {layer!r:.200}: a layer without a mixer has an mlp, and no other options")
-    if name is not None and name not in MIXERS:
-        raise ValueError(f"{where}: there is no mixer {name!r}.{nearest(name, MIXERS)}")
     return (
-        None if name is None else _construct(f"{where}: {name}", MIXERS[name], d_model, options),
+        None if without else _mixer(where, d_model, spec),
         None if mlp is None else _channel_mixer(f"{where}: mlp", d_model, mlp),
     )
+
+
+def _mixer(where: str, d_model: int, spec: Any) -> Mixer:
+    """Build a mixer, or a route with the mixers that it is made of, from its description."""
+    options: dict[str, Any] = {"mixer": spec} if isinstance(spec, str) else {}
+    if isinstance(spec, Mapping):
+        options = dict(spec)
+    name = options.pop("mixer", None)
+    if not isinstance(name, str):
+        raise ValueError(f'{where} = {spec!r:.200}: wanted the name of a mixer, or {{"mixer": name, option: value, …}}')
+    if name in MIXERS:
+        return cast(Mixer, _construct(f"{where}: {name}", MIXERS[name], (d_model,), options))
+    if name not in ROUTES:
+        raise ValueError(f"{where}: there is no mixer {name!r}.{nearest(name, (*MIXERS, *ROUTES))}")
+    for part in _parameters(ROUTES[name]):
+        kinds = str(part.annotation).split(" | ")
+        if "Mixer" in kinds and part.name in options and (options[part.name] is not None or "None" not in kinds):
+            options[part.name] = _mixer(f"{where}: {name}: {part.name}", d_model, options[part.name])
+    return cast(Mixer, _construct(f"{where}: {name}", ROUTES[name], (), options))
 
 
 def _channel_mixer(where: str, d_model: int, options: Any) -> nn.Module:
@@ -208,14 +223,18 @@ def _channel_mixer(where: str, d_model: int, options: Any) -> nn.Module:
     options = dict(options)
     kind = options.pop("kind", "gated")
     check_choice(where, "kind", kind, CHANNEL_MIXERS)
-    return _construct(where, CHANNEL_MIXERS[kind], d_model, options)
+    return _construct(where, CHANNEL_MIXERS[kind], (d_model,), options)
 
 
-def _construct(where: str, kind: type[Any], d_model: int, options: Mapping[str, Any]) -> Any:
+def _parameters(kind: type[Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(kind.__init__).parameters.values())[1:]
+
+
+def _construct(where: str, kind: type[Any], first: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     """Call a constructor with options that came as data."""
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: options {options!r} are no mapping of names to values")
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]
+    parameters = _parameters(kind)[len(first) :]
     known = [parameter.name for parameter in parameters]
     for option in options:
         if option not in known:
@@ -225,7 +244,7 @@ def _construct(where: str, kind: type[Any], d_model: int, options: Mapping[str, 
             raise ValueError(f"{where}: {parameter.name} is missing")
     check_kinds(where, kind.__init__, options)
     try:
-        return kind(d_model, **options)
+        return kind(*first, **options)
     except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{where} with {dict(options)}: an option has the wrong kind of value ({reason})") from error
