@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {
     "Attention",
+    "Classifier",
     "H3",
     "Hyena",
     "LRU",
