@@ -17,6 +17,7 @@ NAMES = {
     "Attention",
     "DSS",
     "FFM",
+    "Classifier",
     "H3",
     "Hyena",
     "LRU",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .._errors import nearest
 from .._shapes import Float, Int, Tensor
 from ..timeline import Timeline
+from ._config import from_config
 from ._tied import Embedding, Head, gradients_meet
-from .stack import LayerSpec, Stack, check_kinds
+from .stack import LayerSpec, Stack
 
 
 class LanguageModel(nn.Module):
@@ -118,21 +117,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: If an entry is missing, unknown or of the wrong kind.
         """
-        parameters = list(inspect.signature(cls).parameters.values())
-        known = [p.name for p in parameters]
-        for name in config:
-            if name not in known:
-                raise ValueError(f"configuration: unknown entry {name!r}.{nearest(name, known)}")
-        for parameter in parameters:
-            if parameter.default is parameter.empty and parameter.name not in config:
-                raise ValueError(f"configuration: {parameter.name} is missing")
-        check_kinds("configuration", cls.__init__, config)
-        try:
-            return cls(**config)
-        except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(
-                f"configuration: an entry has the wrong kind of value ({str(error).splitlines()[0]})"
-            ) from error
+        return from_config(cls, config)
 
     def reset_parameters(self) -> None:
         """Give every parameter its initial value; also after construction on the meta device and ``to_empty``."""
