@@ -89,12 +89,6 @@ def long_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[.
     return ops.convolution.long, dict(u=u, kernel=kernel, initial=torch.randn(b, taps - 1, 3, dtype=dtype))
 
 
-def matrix_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A rotation that shrinks a little, so that the state neither fades nor grows within the sequence."""
-    A = 0.99 * torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0].to(dtype)
-    return ops.matrix_scan, dict(A=A, b=torch.randn(b, t, 5, dtype=dtype), initial=torch.randn(b, 5, dtype=dtype))
-
-
 def state_space_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Matrices whose magnitudes shrink a state, too."""
     d, n = 3, 4
