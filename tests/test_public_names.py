@@ -27,6 +27,7 @@ NAMES = {
     "Megalodon",
     "Mixer",
     "RGLRU",
+    "S4",
     "S4D",
     "S5",
     "SGConv",
