@@ -32,6 +32,7 @@ NAMES = {
     "Megalodon",
     "Mixer",
     "RGLRU",
+    "S4",
     "S4D",
     "S5",
     "SGConv",

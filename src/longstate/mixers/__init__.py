@@ -16,6 +16,7 @@ from .mamba2 import Mamba2 as Mamba2
 from .mega import Mega as Mega
 from .megalodon import Megalodon as Megalodon
 from .rglru import RGLRU as RGLRU
+from .s4 import S4 as S4
 from .s4d import S4D as S4D
 from .s5 import S5 as S5
 from .sg_conv import SGConv as SGConv
@@ -40,6 +41,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mega": Mega,
     "megalodon": Megalodon,
     "rglru": RGLRU,
+    "s4": S4,
     "s4d": S4D,
     "s5": S5,
     "sg_conv": SGConv,
