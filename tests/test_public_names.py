@@ -32,6 +32,7 @@ NAMES = {
     "SGConv",
     "STU",
     "ShortConv",
+    "SpaceTime",
     "Stack",
     "TNN",
     "Timeline",

@@ -25,6 +25,7 @@ from .mixers import Megalodon as Megalodon
 from .mixers import Mixer as Mixer
 from .mixers import SGConv as SGConv
 from .mixers import ShortConv as ShortConv
+from .mixers import SpaceTime as SpaceTime
 from .models import LanguageModel as LanguageModel
 from .models import Stack as Stack
 from .timeline import Timeline as Timeline
