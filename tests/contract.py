@@ -45,6 +45,7 @@ from longstate import (
     Mixer,
     SGConv,
     ShortConv,
+    SpaceTime,
     Timeline,
     ops,
 )
@@ -185,6 +186,7 @@ ROWS = [
     Row("sg_conv", lambda: SGConv(4, 3, 4)),
     Row("hyena", lambda: Hyena(3, 40, d_hidden=5, bands=2), state="none"),
     Row("liquid_s4", lambda: LiquidS4(3, 4, 3, dt_min=0.1, dt_max=0.5)),
+    Row("spacetime", lambda: SpaceTime(5, 4, differences=(0, 1, 2), averages=(3,))),
     Row("stu", lambda: STU(3, 12, 2, alpha=0.3)),
     Row("tnn", lambda: TNN(4, 3, d_hidden=6), state="none"),
     Row("tnn state", lambda: TNN(3, d_hidden=4, n_layers=1, decay=0.9, state_for=9)),

@@ -38,6 +38,7 @@ NAMES = {
     "SGConv",
     "STU",
     "ShortConv",
+    "SpaceTime",
     "Stack",
     "TNN",
     "Timeline",

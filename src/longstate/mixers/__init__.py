@@ -21,6 +21,7 @@ from .s4d import S4D as S4D
 from .s5 import S5 as S5
 from .sg_conv import SGConv as SGConv
 from .short_conv import ShortConv as ShortConv
+from .spacetime import SpaceTime as SpaceTime
 from .spectral import STU as STU
 from .tnn import TNN as TNN
 
@@ -46,6 +47,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "s5": S5,
     "sg_conv": SGConv,
     "short_conv": ShortConv,
+    "spacetime": SpaceTime,
     "stu": STU,
     "tnn": TNN,
 }
