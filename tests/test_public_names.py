@@ -19,6 +19,7 @@ NAMES = {
     "H3",
     "Hyena",
     "LRU",
+    "LTC",
     "LanguageModel",
     "LinOSS",
     "LongConv",

@@ -10,6 +10,7 @@ from .generate import generate as generate
 from .mixers import FFM as FFM
 from .mixers import H3 as H3
 from .mixers import LRU as LRU
+from .mixers import LTC as LTC
 from .mixers import RGLRU as RGLRU
 from .mixers import S4D as S4D
 from .mixers import S5 as S5

@@ -24,7 +24,7 @@ from longstate.ops.selective_scan import chunked as selective_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"block_scan", "delta_rule", "rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"block_scan", "liquid", "delta_rule", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -206,6 +206,9 @@ def registered() -> dict[str, dict[str, Any]]:
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,
+        "liquid": dict(u=t(2, 5, 3), recurrent=t(3, 3), rate=torch.rand(3).double().requires_grad_(), target=t(3))
+        | dict(dt=torch.rand(2, 5).double().requires_grad_(), initial=t(2, 3), steps=2)
+        | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
         "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,

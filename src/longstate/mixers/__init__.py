@@ -8,6 +8,7 @@ from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
+from .ltc import LTC as LTC
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .mega import Mega as Mega
@@ -28,6 +29,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "linoss": LinOSS,
     "long_conv": LongConv,
     "lru": LRU,
+    "ltc": LTC,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,

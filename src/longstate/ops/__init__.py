@@ -8,6 +8,7 @@ from .delta_rule import delta_rule as delta_rule
 from .linear import linear as linear
 from .linear_attention import linear_attention as linear_attention
 from .linear_attention import linear_attention_decay as linear_attention_decay
+from .liquid import liquid as liquid
 from .norm import rms_norm as rms_norm
 from .scan import scan as scan
 from .scan import scan_decay as scan_decay
