@@ -27,6 +27,7 @@ from longstate import (
     H3,
     LRU,
     LSSL,
+    LTC,
     RGLRU,
     S4,
     S4D,
@@ -89,6 +90,10 @@ def _slow_ffm(mixer: FFM, factor: float) -> None:
     mixer.omega.data *= factor
 
 
+def _slow_liquid(mixer: LTC, factor: float) -> None:
+    mixer.dt *= factor
+
+
 def _slow_mamba(mixer: Mamba, factor: float) -> None:
     """Δ meets A and B; what the state should gain, the skip loses and the projection gains."""
     mixer.A_log.data += math.log(factor)
@@ -130,6 +135,7 @@ ROWS = [
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),
     Row("linoss imex", lambda: LinOSS(3, 4, "imex", "exp", dt_max=0.3), _slow_modes),
     Row("ffm", lambda: FFM(4, 3, 2), _slow_ffm),
+    Row("ltc", lambda: LTC(4, 3, steps=2), _slow_liquid),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),
     Row(
         "mamba other sizes", lambda: Mamba(6, 2, d_conv=2, expand=1, dt_rank=3, bias=True, conv_bias=False), _slow_mamba

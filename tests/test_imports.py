@@ -54,6 +54,7 @@ ONLY_IN: dict[str, set[str]] = {
     "jaxtyping": {"_shapes"},
     "beartype": set(),
     "control": {"systems"},
+    "torchdiffeq": {"mixers"},
     "pickle": set(),
 }
 

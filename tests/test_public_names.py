@@ -22,6 +22,7 @@ NAMES = {
     "Hyena",
     "LRU",
     "LSSL",
+    "LTC",
     "LanguageModel",
     "LinOSS",
     "LiquidS4",

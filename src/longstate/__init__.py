@@ -12,6 +12,7 @@ from .mixers import FFM as FFM
 from .mixers import H3 as H3
 from .mixers import LRU as LRU
 from .mixers import LSSL as LSSL
+from .mixers import LTC as LTC
 from .mixers import RGLRU as RGLRU
 from .mixers import S4 as S4
 from .mixers import S4D as S4D

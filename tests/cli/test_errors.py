@@ -137,7 +137,7 @@ def test_no_space_left_is_one_line_and_the_last_checkpoint_stays(
     assert left.value.code == 0
 
 
-@pytest.mark.parametrize("missing", ["lightning", "tokenizers", "matplotlib"])
+@pytest.mark.parametrize("missing", ["lightning", "tokenizers", "matplotlib", "torchdiffeq"])
 def test_a_missing_extra_is_named(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -151,9 +151,11 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(builtins, "__import__", fake)
     monkeypatch.delitem(sys.modules, "longstate.analysis.curves", raising=False)
     Path("tokenizer.json").write_text("{}")
-    tokenizer = ("--tokenizer", "tokenizer.json") if missing == "tokenizers" else ()
-    line = failure(capsys, "train", "text.txt", *SMALL, *tokenizer, "--out", "run", "--sample-tokens", "0")
-    assert line.endswith(f"No module named {missing!r}. It comes with: pip install 'longstate[train]'")
+    asked = {"tokenizers": ("--tokenizer", "tokenizer.json"), "torchdiffeq": ("--model", "{mixer: ltc, solver: rk4}")}
+    options = (*SMALL, *asked.get(missing, ()), "--out", "run", "--sample-tokens", "0")
+    line = failure(capsys, "train", "text.txt", *options)
+    extra = "ode" if missing == "torchdiffeq" else "train"
+    assert line.endswith(f"No module named {missing!r}. It comes with: pip install 'longstate[{extra}]'")
 
 
 def test_our_own_mistakes_keep_their_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ _TRACEBACK = "--traceback"
 _EXTRAS = dict.fromkeys(("lightning", "matplotlib", "rich", "tensorboard", "tokenizers"), "train") | {
     "transformers": "hf"
 }
+_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "tensorboard", "tokenizers"), "train")
+_EXTRAS |= {"torchdiffeq": "ode", "transformers": "hf"}
 
 
 def _version(asked: bool) -> bool:

@@ -19,6 +19,7 @@ _EXTRAS = {
     "matplotlib": "plot",
     "transformers": "hf",
     "scikit-learn": "estimators",
+    "torchdiffeq": "ode",
 }
 
 

@@ -11,6 +11,7 @@ from .liquid_s4 import LiquidS4 as LiquidS4
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
 from .lssl import LSSL as LSSL
+from .ltc import LTC as LTC
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .mega import Mega as Mega
@@ -37,6 +38,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "long_conv": LongConv,
     "lru": LRU,
     "lssl": LSSL,
+    "ltc": LTC,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mega": Mega,
