@@ -15,7 +15,7 @@ from ..ops import selective_scan
 from ..ops.selective_scan.discretization import phi
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._diagonal import CONVOLUTION_FROM, convolve
+from ._diagonal import CONVOLUTION_FROM, convolve, log_bilinear
 from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
@@ -158,8 +158,13 @@ class S4D(Mixer):
         z = dt[:, None] * A
         # log Ā and its multiples in float64: a phase of thousands of radians has few digits left in float32.
         log_decay = z.to(torch.promote_types(z.dtype, torch.float64))
-        if self.discretization == "bilinear":
-            log_decay, gain = torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), dt[:, None] / (1 - z / 2)
-        else:
-            gain = dt[:, None] * phi(z)
-        return convolve(x.to(dt.dtype), log_decay, B * gain, C, None if state is None else state.ssm)
+        x, before = x.to(dt.dtype), None if state is None else state.ssm
+        if self.discretization != "bilinear":
+            return convolve(x, log_decay, B * dt[:, None] * phi(z), C, before)
+        log_decay, B = log_bilinear(log_decay), B * (dt[:, None] / (1 - z / 2))
+        if not self.real:
+            return convolve(x, log_decay, B, C, before)
+        # A real Ā may be negative, and its logarithm complex: each mode is then both of a pair, with half the output.
+        dtype = B.dtype.to_complex()
+        y, final = convolve(x, log_decay, B.to(dtype), C.to(dtype) / 2, before)
+        return y, final.real.contiguous()
