@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -276,6 +277,46 @@ def test_a_change_of_basis_leaves_the_initial_s5_as_it_was_drawn(initialization:
 def test_options_that_make_no_sense(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_steps_so_long_that_real_modes_change_sign() -> None:
+    """By the bilinear rule Ā is negative beyond Δ A = −2, and 0 there; its logarithm is no real number."""
+    mixer = S4D(3, 5, "real", "bilinear", parameterization="direct", output="identity").double()
+    with torch.no_grad():
+        mixer.log_dt.copy_(torch.tensor([0.0, 0.3, 2.0]))
+    x, state = (
+        torch.randn(2, 90, 3, dtype=torch.float64),
+        mixer.initial_state(2)._replace(ssm=torch.randn(2, 3, 5, dtype=torch.float64)),
+    )
+    with torch.no_grad():
+        y, final = mixer(x, state)
+        scanned, last = mixer(x, state, Timeline(valid=torch.ones(2, 90, dtype=torch.bool)))
+    torch.testing.assert_close(y, scanned, rtol=0, atol=1e-12)
+    torch.testing.assert_close(final, last, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["lin", "real"])
+def test_a_bilinear_kernel_has_the_digits_of_its_parameters(kind: str) -> None:
+    mixer = S4D(1, 8, kind, "bilinear", output="identity").double()
+    with torch.no_grad():
+        mixer.D.zero_()
+        mixer.log_dt.fill_(math.log(1e-3))
+        taps = mixer(torch.eye(1, 2000, dtype=torch.float64)[..., None])[0][0, ::50, 0]
+        A, B, C, dt = (x[0].tolist() for x in mixer.system())
+    with mpmath.workdps(50):
+        # From A and Δ as the layer computes them.
+        z = [mpmath.mpc(a) * mpmath.mpf(dt) for a in A]
+        decays = [(1 + x / 2) / (1 - x / 2) for x in z]
+        weights = [
+            mpmath.mpc(b) * mpmath.mpc(c) * mpmath.mpf(dt) / (1 - x / 2) for b, c, x in zip(B, C, z, strict=True)
+        ]
+        scale = 1 if kind == "real" else 2
+        exact = [
+            scale * mpmath.fsum(w * a**tap for w, a in zip(weights, decays, strict=True)).real
+            for tap in range(0, 2000, 50)
+        ]
+        errors = [abs(mpmath.mpf(got) - wanted) for got, wanted in zip(taps.tolist(), exact, strict=True)]
+        assert max(errors) <= 2e-14 * max(abs(x) for x in exact)
 
 
 def test_real_modes_may_be_odd_in_number() -> None:

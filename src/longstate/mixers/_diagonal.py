@@ -58,3 +58,14 @@ def convolve(
         y = y + vandermonde(C * decay * before, log_decay, length).mT
         final = final + torch.exp(log_decay * length).to(dtype) * before
     return y, final
+
+
+def log_bilinear(z: Inexact[Tensor, "d n"]) -> Inexact[Tensor, "d n"]:
+    """Return log((1 + z/2) / (1 − z/2)), complex, up to multiples of 2πi.
+
+    The real part, of which a quotient near the unit circle has lost most digits, is ½ log(1 + 2 Re z / |1 − z/2|²).
+    """
+    above, below = 1 + z / 2, 1 - z / 2
+    real = torch.log1p(2 * z.real / below.abs().square()) / 2
+    # At z = −2 the mode forgets at once; any number with e^x = 0 says so, and infinity times 0 steps would be none.
+    return torch.complex(real.clamp(min=-1e3), torch.angle(above) - torch.angle(below))

@@ -17,6 +17,8 @@ from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._diagonal import CONVOLUTION_FROM, convolve
 from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, circle_modes, initial_modes, real_part, set_real_part_
+from ._diagonal import CONVOLUTION_FROM, convolve, log_bilinear
+from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
 
@@ -179,3 +181,13 @@ class S4D(Mixer):
         """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
         log_decay, B = self._sampled(A, B, dt)
         return convolve(x.to(dt.dtype), log_decay, B, C, None if state is None else state.ssm)
+        x, before = x.to(dt.dtype), None if state is None else state.ssm
+        if self.discretization != "bilinear":
+            return convolve(x, log_decay, B * dt[:, None] * phi(z), C, before)
+        log_decay, B = log_bilinear(log_decay), B * (dt[:, None] / (1 - z / 2))
+        if not self.real:
+            return convolve(x, log_decay, B, C, before)
+        # A real Ā may be negative, and its logarithm complex: each mode is then both of a pair, with half the output.
+        dtype = B.dtype.to_complex()
+        y, final = convolve(x, log_decay, B.to(dtype), C.to(dtype) / 2, before)
+        return y, final.real.contiguous()
