@@ -50,7 +50,9 @@ def test_a_folder_of_the_users_comes_first_and_is_checked(tmp_path: Path, monkey
     files = {"a.gz": idx(pixels), "b.gz": idx(labels)}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     monkeypatch.setitem(images._FILES, "test", digests)
-    with pytest.raises(FileNotFoundError, match=r"mnist/a.gz: there is no such file in the folder that LONGSTATE_DATA"):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(images, "_ORIGIN", (tmp_path / "origin").as_uri() + "/")
+    with pytest.raises(FileNotFoundError, match=r"mnist/a.gz is neither in the folder that LONGSTATE_DATA names"):
         mnist("test")
     (tmp_path / "mnist").mkdir()
     for name, data in files.items():
@@ -82,6 +84,7 @@ def test_what_is_fetched_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest
     origin.write_bytes(b"numbers")
     path = fetch()
     origin.unlink()
+    monkeypatch.setenv(origins.VARIABLE, str(tmp_path / "empty"))
     assert fetch() == path == tmp_path / "home/.cache/longstate/set/file" and path.read_bytes() == b"numbers"
 
 

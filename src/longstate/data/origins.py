@@ -16,7 +16,7 @@ _TIMEOUT = 60.0
 
 
 def located(name: str, url: str, digest: str, content: Callable[[bytes], bytes]) -> Path:
-    """Return the path of a data file: that in the folder that ``LONGSTATE_DATA`` names, or one fetched from its origin.
+    """Return the path of a data file: in the folder that ``LONGSTATE_DATA`` names, or else fetched from its origin.
 
     What is fetched lies in ``~/.cache/longstate`` from then on.
 
@@ -33,23 +33,17 @@ def located(name: str, url: str, digest: str, content: Callable[[bytes], bytes])
     # It says where files are, never what a program makes of them: the digest is that of the same numbers everywhere.
     folder = os.environ.get(VARIABLE)  # noqa: TID251
     cache = Path.home() / ".cache" / "longstate"
-    for place in [Path(folder)] if folder else [cache]:
+    for place in [Path(folder), cache] if folder else [cache]:
         if (path := place / name).is_file():
             _check(str(path), path.read_bytes(), digest, content)
             return path
-    path = (Path(folder) if folder else cache) / name
-    if folder:
-        raise FileNotFoundError(
-            f"{path}: there is no such file in the folder that {VARIABLE} names. Put it there (it comes from {url}), "
-            f"or unset {VARIABLE} to have it fetched."
-        )
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
             data = answer.read()
     except (urllib.error.URLError, OSError) as error:
         raise FileNotFoundError(
-            f"{path}: not there, and {url} could not be read ({error}). Fetch it elsewhere, put it into a folder as "
-            f"{name}, and let {VARIABLE} name that folder."
+            f"{name} is neither in the folder that {VARIABLE} names ({folder or 'none'}) nor in {cache}, and {url} "
+            f"could not be read ({error}). Put it into a folder as {name}, and let {VARIABLE} name that."
         ) from error
     _check(url, data, digest, content)
     path.parent.mkdir(parents=True, exist_ok=True)
