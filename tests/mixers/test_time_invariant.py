@@ -80,6 +80,19 @@ def test_a_simulation_by_scipy(name: str, kind: str | int, rule: str, length: in
     assert np.abs(got - wanted).max() < 1e-10 * np.abs(wanted).max()
 
 
+def test_steps_that_turn_real_modes_negative() -> None:
+    """The bilinear rule's (1 + ΔA/2)/(1 − ΔA/2) is below 0 from Δ |A| = 2 on, and has no real logarithm."""
+    mixer = S4D(2, 6, "real", "bilinear", output="identity", dt_min=1.0, dt_max=2.0).double()
+    x = torch.randn(1, 100, 2, dtype=torch.float64)
+    with torch.no_grad():
+        got = mixer(x)[0][0].numpy()
+    for A, B, C, D, at in channels(mixer):
+        h = np.zeros(6)
+        for t, u in enumerate(x[0, :, at].numpy()):
+            h = np.linalg.solve(np.eye(6) - A / 2, (np.eye(6) + A / 2) @ h + B @ u)
+            assert np.abs(C @ h + D @ u - got[t, at]).max() < 1e-10
+
+
 @pytest.mark.parametrize(("name", "kind", "rule"), CASES)
 def test_irregular_steps_by_matrix_exponentials(name: str, kind: str | int, rule: str) -> None:
     mixer = build(name, kind, rule)

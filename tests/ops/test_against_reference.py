@@ -78,6 +78,21 @@ def long_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[.
     return ops.convolution.long, dict(u=u, kernel=kernel, initial=torch.randn(b, taps - 1, 3, dtype=dtype))
 
 
+def matrix_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A rotation that shrinks a little, so that the state neither fades nor grows within the sequence."""
+    A = 0.99 * torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0].to(dtype)
+    return ops.matrix_scan, dict(A=A, b=torch.randn(b, t, 5, dtype=dtype), initial=torch.randn(b, 5, dtype=dtype))
+
+
+def state_space_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Matrices whose magnitudes shrink a state, too."""
+    d, n = 3, 4
+    A = torch.rand(1 if "shared" in kind else d, n, n, dtype=dtype) - 0.3
+    A = 0.98 * A / A.abs().sum(-1, keepdim=True)
+    u, B, C = (torch.randn(*shape, dtype=dtype) for shape in ((b, t, d), (d, n), (d, n)))
+    return ops.state_space, dict(u=u, A=A, B=B, C=C, initial=torch.randn(b, d, n, dtype=dtype))
+
+
 CASES = [
     *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
     *(
@@ -89,8 +104,10 @@ CASES = [
         for k in ("none", "head", "step", "channel", "groups none", "groups step strong", "groups channel strong")
     ),
     *((delta_case, k) for k in ("none", "step", "channel", "groups step strong", "groups channel strong")),
+    *((state_space_case, k) for k in ("", "shared")),
     *((short_case, k) for k in ("", "one")),
     *((long_case, k) for k in ("", "few")),
+    (matrix_case, ""),
 ]
 IDS = [f"{make.__name__.removesuffix('_case')} {kind}".strip() for make, kind in CASES]
 

@@ -20,10 +20,11 @@ from longstate.ops.delta_rule import chunked as delta_chunked
 from longstate.ops.linear_attention import chunked as linear_chunked
 from longstate.ops.scan import chunked as scan_chunked
 from longstate.ops.selective_scan import chunked as selective_chunked
+from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"delta_rule", "rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"delta_rule", "matrix_scan", "state_space", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -122,6 +123,13 @@ def watched(name: str, length: int) -> tuple[Watch, int, int]:
         with Watch() as watch:
             y, final, kept = selective_chunked.selective_scan(*given, None, "zoh", *keep)
             selective_chunked.selective_scan_backward(y, final, *given[:5], None, kept, "zoh")
+    elif name == "state_space":
+        u, A = torch.randn(b, length, d), torch.rand(d, n, n) / n
+        powers = space_chunked.powers(A, torch.randn(d, n), torch.randn(d, n), space_chunked.CHUNK)[:4]
+        given, states = (u, *powers, torch.zeros(b, d, n)), b * length * d * n * 4
+        with Watch() as watch:
+            y, kept = space_chunked.state_space(*given, None)
+            space_chunked.state_space_backward(y, kept, u, *powers, None, kept)
     elif name == "scan":
         given = (torch.rand(b, length, d), torch.randn(b, length, d), torch.zeros(b, d))
         states = b * length * d * 4 * n
@@ -145,7 +153,7 @@ def watched(name: str, length: int) -> tuple[Watch, int, int]:
 ATTENTIONS = ("linear_attention", "linear_attention channel", "delta_rule", "delta_rule channel")
 
 
-@pytest.mark.parametrize("name", ["scan", "selective_scan", *ATTENTIONS])
+@pytest.mark.parametrize("name", ["scan", "selective_scan", "state_space", *ATTENTIONS])
 def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
     (short, _, _), (long, given, states) = watched(name, 4096), watched(name, 8192)
     assert long.peak <= 2.1 * short.peak
@@ -155,7 +163,13 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "steps", "calls"),
-    [("scan", 4096, 40), ("selective_scan", 32, 500), ("linear_attention", 512, 300), ("delta_rule", 64, 150)],
+    [
+        ("scan", 4096, 40),
+        ("state_space", 4096, 80),
+        ("selective_scan", 32, 500),
+        ("linear_attention", 512, 300),
+        ("delta_rule", 64, 150),
+    ],
 )
 def test_no_loop_over_time(name: str, steps: int, calls: int) -> None:
     """So many further steps (a chunk both ways; for the scan, one more halving) cost at most so many calls."""
@@ -193,8 +207,10 @@ def registered() -> dict[str, dict[str, Any]]:
         "selective_scan": dict(u=u, dt=dt.requires_grad_(), A=A.requires_grad_(), B=B, C=C, initial=h) | one,
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,
+        "state_space": dict(u=u, taps=t(3, 2), write=t(3, 2, 4), read=t(3, 2, 4), through=t(3, 4, 4), initial=h) | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
+        "matrix_scan": dict(A=t(3, 3), b=t(2, 5, 3), initial=t(2, 3)) | one,
         "vandermonde": dict(weights=t(3, 4), log_base=t(3, 4), length=9) | one,
         "cauchy": dict(a=t(4, 3, 4), b=t(4, 3, 4), real=t(3, 4), imaginary=t(3, 4), single=False)
         | dict(nodes=torch.randn(9, dtype=torch.complex128))

@@ -26,7 +26,7 @@ def magnitudes(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments for which the op sums the magnitudes of its terms: nothing cancels."""
     result = {}
     for name, x in arguments.items():
-        if name == "A":  # only its real part decays
+        if name == "A" and x.ndim == 2:  # only its real part decays
             x = x.real if x.is_complex() else x
         elif isinstance(x, torch.Tensor) and name != "log_decay":
             x = x.abs()

@@ -124,7 +124,9 @@ class S4D(Mixer):
         x, timeline = self._enter(x, timeline)
         # An exported graph takes any length, so it has the face that does.
         any_length = torch.compiler.is_exporting()
-        if not any_length and x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
+        # Of real modes the bilinear rule makes negative ones where Δ |A| > 2: they have no logarithm.
+        scanned = any_length or (self.real and self.discretization == "bilinear")
+        if not scanned and x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
             y, final = self._convolve(x, A, B, C, dt, state)
             y = y + self.D * x
         else:
@@ -151,15 +153,22 @@ class S4D(Mixer):
             A, B, C = torch.complex(A, self.A_imag.to(dtype)), torch.view_as_complex(B), torch.view_as_complex(C)
         return A, B, C, self.log_dt.to(dtype).exp()
 
-    def _convolve(
-        self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: S4DState | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
+    def sampled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log Ā (in double precision; of real modes by "zoh" only), B̄ and C ``[d n]``."""
+        A, B, C, dt = self.system()
+        return *self._sampled(A, B, dt), C
+
+    def _sampled(self, A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
         z = dt[:, None] * A
         # log Ā and its multiples in float64: a phase of thousands of radians has few digits left in float32.
         log_decay = z.to(torch.promote_types(z.dtype, torch.float64))
         if self.discretization == "bilinear":
-            log_decay, gain = torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), dt[:, None] / (1 - z / 2)
-        else:
-            gain = dt[:, None] * phi(z)
-        return convolve(x.to(dt.dtype), log_decay, B * gain, C, None if state is None else state.ssm)
+            return torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), B * (dt[:, None] / (1 - z / 2))
+        return log_decay, B * (dt[:, None] * phi(z))
+
+    def _convolve(
+        self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: S4DState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
+        log_decay, B = self._sampled(A, B, dt)
+        return convolve(x.to(dt.dtype), log_decay, B, C, None if state is None else state.ssm)
