@@ -183,7 +183,7 @@ def run_autoregressive(seconds: float) -> None:
                 "output": "identity",
                 "dt_max": 1.0,
             },
-            "SpaceTime": {"mixer": "spacetime", **SPACETIME, "d_state": order},
+            "SpaceTime": {"mixer": "spacetime", "d_state": order, "output": "identity"},
         }
         for name, layer in layers.items():
             if layer["mixer"] not in MIXERS:
@@ -201,8 +201,6 @@ def run_autoregressive(seconds: float) -> None:
 
 
 # Lorenz
-
-SPACETIME: dict[str, Any] = {}
 
 
 class Predictor(nn.Module):
@@ -235,7 +233,7 @@ def run_lorenz(seconds: float) -> None:
         "S4D": {"mixer": "s4d", "d_state": 16},
         "S5": {"mixer": "s5", "d_state": 64},
         "LRU": {"mixer": "lru", "d_state": 64},
-        "SpaceTime": {"mixer": "spacetime", **SPACETIME, "d_state": 16},
+        "SpaceTime": {"mixer": "spacetime", "d_state": 16, "differences": (0, 1)},
     }
     for name, layer in layers.items():
         if layer["mixer"] not in MIXERS:

@@ -33,6 +33,8 @@ from .mixers import SGConv as SGConv
 from .mixers import ShortConv as ShortConv
 from .models import Classifier as Classifier
 from .mixers import SpaceTime as SpaceTime
+from .mixers import SpaceTime as SpaceTime
+from .models import Classifier as Classifier
 from .models import LanguageModel as LanguageModel
 from .models import Stack as Stack
 from .timeline import Timeline as Timeline
