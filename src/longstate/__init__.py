@@ -31,8 +31,6 @@ from .mixers import Megalodon as Megalodon
 from .mixers import Mixer as Mixer
 from .mixers import SGConv as SGConv
 from .mixers import ShortConv as ShortConv
-from .models import Classifier as Classifier
-from .mixers import SpaceTime as SpaceTime
 from .mixers import SpaceTime as SpaceTime
 from .models import Classifier as Classifier
 from .models import LanguageModel as LanguageModel

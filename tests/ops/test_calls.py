@@ -25,7 +25,8 @@ from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"block_scan", "cauchy", "delta_rule", "dplr_scan", "liquid", "matrix_scan", "rms_norm", "state_space", "vandermonde"}
+NAMES |= {"block_scan", "matrix_scan", "delta_rule", "state_space", "dplr_scan", "liquid"}
+NAMES |= {"rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -217,6 +218,7 @@ def registered() -> dict[str, dict[str, Any]]:
         "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,
         "state_space": dict(u=u, taps=t(3, 2), write=t(3, 2, 4), read=t(3, 2, 4), through=t(3, 4, 4), initial=h) | one,
         "dplr_scan": dict(u=u, dt=dt, poles=A, P=t(3, 4, 2), Q=t(3, 4, 2), B=t(3, 4), C=t(3, 4), initial=h, alpha=0.7)
+        | one,
         "liquid": dict(u=t(2, 5, 3), recurrent=t(3, 3), rate=torch.rand(3).double().requires_grad_(), target=t(3))
         | dict(dt=torch.rand(2, 5).double().requires_grad_(), initial=t(2, 3), steps=2)
         | one,

@@ -31,10 +31,7 @@ app.command("doctor", short_help="Say what is installed and which backends run."
 
 _TRACEBACK = "--traceback"
 # The packages of an extra, by what Python calls them.
-_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "rich", "tensorboard", "tokenizers"), "train") | {
-    "transformers": "hf"
-}
-_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "tensorboard", "tokenizers"), "train")
+_EXTRAS = dict.fromkeys(("lightning", "matplotlib", "rich", "tensorboard", "tokenizers"), "train")
 _EXTRAS |= {"torchdiffeq": "ode", "transformers": "hf"}
 
 

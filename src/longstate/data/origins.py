@@ -43,7 +43,6 @@ def located(name: str, url: str, digest: str, content: Callable[[bytes], bytes])
     except (urllib.error.URLError, OSError) as error:
         raise FileNotFoundError(
             f"{name} is neither in the folder that {VARIABLE} names ({folder or 'none'}) nor in {cache}, and {url} "
-            f"could not be read ({error}). Fetch it elsewhere, put it into a folder as {name}, and let {VARIABLE} name that."
             f"could not be read ({error}). Put it into a folder as {name}, and let {VARIABLE} name that."
         ) from error
     _check(url, data, digest, content)

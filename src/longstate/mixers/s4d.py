@@ -15,10 +15,8 @@ from ..ops import selective_scan
 from ..ops.selective_scan.discretization import phi
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._diagonal import CONVOLUTION_FROM, convolve
-from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, circle_modes, initial_modes, real_part, set_real_part_
 from ._diagonal import CONVOLUTION_FROM, convolve, log_bilinear
-from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, initial_modes, real_part, set_real_part_
+from ._modes import INITIALIZATIONS, PARAMETERIZATIONS, circle_modes, initial_modes, real_part, set_real_part_
 from ._parts import OutputGate, check_steps, log_uniform_
 
 
@@ -133,9 +131,7 @@ class S4D(Mixer):
         x, timeline = self._enter(x, timeline)
         # An exported graph takes any length, so it has the face that does.
         any_length = torch.compiler.is_exporting()
-        # Of real modes the bilinear rule makes negative ones where Δ |A| > 2: they have no logarithm.
-        scanned = any_length or (self.real and self.discretization == "bilinear")
-        if not scanned and x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
+        if not any_length and x.shape[1] >= CONVOLUTION_FROM and all(entry is None for entry in timeline):
             y, final = self._convolve(x, A, B, C, dt, state)
             y = y + self.D * x
         else:
@@ -163,7 +159,7 @@ class S4D(Mixer):
         return A, B, C, self.log_dt.to(dtype).exp()
 
     def sampled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log Ā (in double precision; of real modes by "zoh" only), B̄ and C ``[d n]``."""
+        """Return log Ā (in double precision; of the bilinear rule complex), B̄ and C ``[d n]``."""
         A, B, C, dt = self.system()
         return *self._sampled(A, B, dt), C
 
@@ -172,7 +168,7 @@ class S4D(Mixer):
         # log Ā and its multiples in float64: a phase of thousands of radians has few digits left in float32.
         log_decay = z.to(torch.promote_types(z.dtype, torch.float64))
         if self.discretization == "bilinear":
-            return torch.log((1 + log_decay / 2) / (1 - log_decay / 2)), B * (dt[:, None] / (1 - z / 2))
+            return log_bilinear(log_decay), B * (dt[:, None] / (1 - z / 2))
         return log_decay, B * (dt[:, None] * phi(z))
 
     def _convolve(
@@ -180,12 +176,8 @@ class S4D(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """Return outputs without the skip, and the final state, by matrix products and transforms alone."""
         log_decay, B = self._sampled(A, B, dt)
-        return convolve(x.to(dt.dtype), log_decay, B, C, None if state is None else state.ssm)
         x, before = x.to(dt.dtype), None if state is None else state.ssm
-        if self.discretization != "bilinear":
-            return convolve(x, log_decay, B * dt[:, None] * phi(z), C, before)
-        log_decay, B = log_bilinear(log_decay), B * (dt[:, None] / (1 - z / 2))
-        if not self.real:
+        if B.is_complex() or not log_decay.is_complex():
             return convolve(x, log_decay, B, C, before)
         # A real Ā may be negative, and its logarithm complex: each mode is then both of a pair, with half the output.
         dtype = B.dtype.to_complex()

@@ -9,8 +9,8 @@ from .dplr_scan import dplr_scan as dplr_scan
 from .linear import linear as linear
 from .linear_attention import linear_attention as linear_attention
 from .linear_attention import linear_attention_decay as linear_attention_decay
-from .matrix_scan import matrix_scan as matrix_scan
 from .liquid import liquid as liquid
+from .matrix_scan import matrix_scan as matrix_scan
 from .norm import rms_norm as rms_norm
 from .scan import scan as scan
 from .scan import scan_decay as scan_decay
