@@ -30,6 +30,7 @@ from longstate import (
     S5,
     TNN,
     Attention,
+    HiPPOLegS,
     Hyena,
     LongConv,
     Mamba,
@@ -71,6 +72,11 @@ def _slow_modes(mixer: S4D | S5 | DSS, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
+def _slow_memory(mixer: HiPPOLegS, factor: float) -> None:
+    """Where a step is compared with the age of the memory alone, longer steps are a younger memory."""
+    mixer.t_0 /= factor
+
+
 def _slow_route(mixer: Bidirectional, factor: float) -> None:
     for part in (mixer.ahead, mixer.back):
         if part is not None:
@@ -109,6 +115,7 @@ ROWS = [
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
     Row("dss exp", lambda: DSS(4, 3), _slow_modes),
     Row("dss softmax", lambda: DSS(4, 3, "softmax", 100)),
+    Row("hippo_legs", lambda: HiPPOLegS(4, 3), _slow_memory),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),

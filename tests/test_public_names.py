@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "Attention",
     "DSS",
+    "HiPPOLegS",
     "H3",
     "Hyena",
     "LRU",

@@ -15,6 +15,7 @@ from .mixers import S4D as S4D
 from .mixers import S5 as S5
 from .mixers import TNN as TNN
 from .mixers import Attention as Attention
+from .mixers import HiPPOLegS as HiPPOLegS
 from .mixers import Hyena as Hyena
 from .mixers import LongConv as LongConv
 from .mixers import Mamba as Mamba

@@ -4,6 +4,7 @@ from ._base import Mixer as Mixer
 from .attention import Attention as Attention
 from .dss import DSS as DSS
 from .h3 import H3 as H3
+from .hippo import HiPPOLegS as HiPPOLegS
 from .hyena import Hyena as Hyena
 from .long_conv import LongConv as LongConv
 from .lru import LRU as LRU
@@ -22,6 +23,7 @@ from .tnn import TNN as TNN
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "dss": DSS,
+    "hippo_legs": HiPPOLegS,
     "h3": H3,
     "hyena": Hyena,
     "long_conv": LongConv,
