@@ -35,6 +35,7 @@ from longstate import (
     STU,
     TNN,
     Attention,
+    HiPPOLegS,
     Hyena,
     LinOSS,
     LiquidS4,
@@ -82,6 +83,16 @@ def _slow_modes(mixer: Any, factor: float) -> None:
 def _slow_route(route: Bidirectional | HiSS, factor: float) -> None:
     for part in route.children():
         if isinstance(part, Mixer):
+
+
+def _slow_memory(mixer: HiPPOLegS, factor: float) -> None:
+    """Where a step is compared with the age of the memory alone, longer steps are a younger memory."""
+    mixer.t_0 /= factor
+
+
+def _slow_route(mixer: Bidirectional, factor: float) -> None:
+    for part in (mixer.ahead, mixer.back):
+        if part is not None:
             _slow_modes(part, factor)
 
 
@@ -130,6 +141,7 @@ ROWS = [
     Row("dss softmax", lambda: DSS(4, 3, "softmax", 100)),
     Row("s4", lambda: S4(3, 4), _slow_modes),
     Row("s4 legt untied", lambda: S4(3, 4, "legt", tied=False, output="identity"), _slow_modes),
+    Row("hippo_legs", lambda: HiPPOLegS(4, 3), _slow_memory),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("linoss im", lambda: LinOSS(4, 3), _slow_modes),

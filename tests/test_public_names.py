@@ -18,6 +18,7 @@ NAMES = {
     "DSS",
     "FFM",
     "Classifier",
+    "HiPPOLegS",
     "H3",
     "Hyena",
     "LRU",

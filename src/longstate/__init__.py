@@ -20,6 +20,7 @@ from .mixers import S5 as S5
 from .mixers import STU as STU
 from .mixers import TNN as TNN
 from .mixers import Attention as Attention
+from .mixers import HiPPOLegS as HiPPOLegS
 from .mixers import Hyena as Hyena
 from .mixers import LinOSS as LinOSS
 from .mixers import LiquidS4 as LiquidS4

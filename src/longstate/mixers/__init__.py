@@ -5,6 +5,7 @@ from .attention import Attention as Attention
 from .dss import DSS as DSS
 from .ffm import FFM as FFM
 from .h3 import H3 as H3
+from .hippo import HiPPOLegS as HiPPOLegS
 from .hyena import Hyena as Hyena
 from .linoss import LinOSS as LinOSS
 from .liquid_s4 import LiquidS4 as LiquidS4
@@ -31,6 +32,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "dss": DSS,
     "ffm": FFM,
+    "hippo_legs": HiPPOLegS,
     "h3": H3,
     "hyena": Hyena,
     "linoss": LinOSS,
