@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from longstate import STU
+from longstate import STU, Timeline
 from longstate.mixers.spectral import spectral_filters
 
 
@@ -79,6 +79,30 @@ def test_sums_written_out(k_u: int, k_y: int) -> None:
         wanted[t] = y
     got = mixer(torch.from_numpy(u)[None])[0][0].detach().numpy()
     assert np.abs(got - wanted).max() < 1e-12 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 9, 150])
+def test_every_way_to_the_features(steps: int) -> None:
+    """By products, in the frequencies, with steps brought together, and by the op: from any state the same."""
+    mixer = STU(3, 70, 5, output="identity").double()
+    mixer.M_phi.data.normal_()
+    _, state = mixer(torch.randn(2, 20, 3, dtype=torch.float64))
+    x, flags = torch.randn(2, steps, 3, dtype=torch.float64), torch.zeros(2, steps, dtype=torch.bool)
+    wanted = torch.cat(one_by_one(mixer, x, state), 1)
+    whole, final = mixer(x, state)
+    for timeline in (None, Timeline(start=flags), Timeline(valid=~flags), Timeline(start=flags, valid=~flags)):
+        y, after = mixer(x, state, timeline)
+        torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(after, final, rtol=1e-10, atol=1e-10)
+    assert whole.std() > 0.1
+
+
+def one_by_one(mixer: STU, x: torch.Tensor, state: object) -> list[torch.Tensor]:
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = mixer(x[:, t : t + 1], state)
+        outputs.append(y)
+    return outputs
 
 
 def test_systems_that_hardly_forget() -> None:

@@ -13,9 +13,10 @@ from torch.nn.functional import pad
 
 from .._errors import check_choice
 from .._shapes import Float, Tensor
-from ..ops import convolution, matrix_scan
+from ..ops import matrix_scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
+from ._implicit import convolve_bank
 from ._parts import OutputGate
 
 DELAY = 2  # steps between an input and the first of its spectral features
@@ -37,8 +38,8 @@ class STU(Mixer):
     φ_k are the first eigenvectors, σ_k the eigenvalues, of the Hankel matrix of ``spectral_filters``. Features of
     sequences of l steps approximate any linear system with real modes, however slowly it forgets, with an error that
     falls exponentially in the number of filters. Further back than l steps only past outputs reach; nothing keeps their
-    recurrence stable in training but small steps. Every channel goes through every filter: a call takes the memory of
-    2 n_filters + k_u times its inputs and its window.
+    recurrence stable in training but small steps. Every channel goes through every filter. For a row of several
+    sequences that takes the memory of 2 n_filters + k_u times the row and its window.
 
     Args:
         d_model: Channels.
@@ -106,22 +107,18 @@ class STU(Mixer):
         """Return outputs and the state after the last step."""
         x, timeline = self._enter(x, timeline, timed=False)
         dtype, width = state_dtype(self.M_u), self.d_model
-        _, start, valid = timeline
-        taps = self.taps.to(x.device, dtype)
-        copies = len(taps)  # every channel goes through every filter
-        before = None if state is None else state.window.to(dtype).repeat(1, 1, copies)
-        kernel = taps.repeat_interleave(width, 0)
-        features, window = convolution.long(x.to(dtype).repeat(1, 1, copies), kernel, before, start=start, valid=valid)
-        driven = features @ torch.cat([self.M_u, self.M_phi]).to(dtype).mT.flatten(0, 1)
+        before = None if state is None else state.window.to(dtype)
+        mixing = torch.cat([self.M_u, self.M_phi]).to(dtype)
+        driven, window = convolve_bank(x.to(dtype), self.taps.to(x.device, dtype), mixing, before, timeline)
         # Past outputs in one vector, the last one first: a companion matrix moves them on.
         shift = torch.eye(self.k_y * width, dtype=dtype, device=x.device)[: (self.k_y - 1) * width]
         A = torch.cat([self.M_y.to(dtype).transpose(0, 1).flatten(1), shift])
         h = None if state is None else state.h.flatten(1)
         driven = pad(driven, (0, (self.k_y - 1) * width))
-        outputs, h = matrix_scan(A, driven, h, start=start, valid=valid)
+        outputs, h = matrix_scan(A, driven, h, start=timeline.start, valid=timeline.valid)
         y = self.output(outputs[..., :width].to(x.dtype))
-        final = STUState(window[..., :width].to(x.dtype).clone(), h.unflatten(1, (self.k_y, width)))
-        return zero_where_invalid(y, valid), final
+        final = STUState(window.to(x.dtype), h.unflatten(1, (self.k_y, width)))
+        return zero_where_invalid(y, timeline.valid), final
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

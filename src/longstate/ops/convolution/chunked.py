@@ -77,12 +77,12 @@ def fft(u: Tensor, taps: Tensor, length: int) -> Tensor:
     Twice the length keeps the circular convolution from wrapping around.
     """
     taps = taps[:, :length]
-    size = _good_size(max(u.shape[-2] + taps.shape[1] - 1, length))
+    size = good_size(max(u.shape[-2] + taps.shape[1] - 1, length))
     spectrum = torch.fft.rfft(taps, n=size).transpose(0, 1)
     return torch.fft.irfft(torch.fft.rfft(u, n=size, dim=-2) * spectrum, n=size, dim=-2)[..., :length, :]
 
 
-def _good_size(least: int) -> int:
+def good_size(least: int) -> int:
     """Return the smallest 2^i or 3·2^i that is enough: transforms of such sizes are fast everywhere."""
     power = 1 << (least - 1).bit_length() if least > 1 else 1
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= least else power
@@ -153,7 +153,7 @@ def _within_segments(u: Tensor, taps: Tensor, segment: Tensor) -> Tensor:
 
 def _correlate(grad: Tensor, u: Tensor, taps: int) -> Tensor:
     """Return Σ_t grad_t ∘ u_{t−i} for each tap i, by transforms."""
-    size = _good_size(u.shape[1] + taps)
+    size = good_size(u.shape[1] + taps)
     spectrum = torch.fft.rfft(grad, n=size, dim=1) * torch.fft.rfft(u, n=size, dim=1).conj()
     return torch.fft.irfft(spectrum.sum(0), n=size, dim=0)[:taps].T.contiguous()
 
