@@ -33,13 +33,13 @@ from torch.nn import functional
 from torch.nn.functional import silu
 
 from longstate import Mixer, native
-from longstate.mixers import H3, LRU, MIXERS, S4D, S5, TNN, Hyena, LongConv, Mega, Megalodon, SGConv
+from longstate.mixers import DSS, H3, LRU, MIXERS, S4D, S5, TNN, Hyena, LinOSS, LongConv, Mega, Megalodon, SGConv
 from longstate.mixers._modes import real_part
 from longstate.timeline import Timeline
 
 WIDTH = 64
-# Kernels that depend on the input, and attention: measured elsewhere.
-TIME_VARYING = {"attention", "mamba", "mamba2", "rglru", "short_conv"}
+# What depends on the input, and attention: measured elsewhere.
+TIME_VARYING = {"attention", "ltc", "mamba", "mamba2", "rglru", "short_conv"}
 OPTIONS = {"mega": {"chunk": 128}, "megalodon": {"chunk": 128}, "long_conv": {"kernel_dropout": 0.0}}
 Forward = Callable[[Tensor], Tensor]
 
@@ -90,6 +90,24 @@ def plain_lru(layer: LRU, x: Tensor) -> Tensor:
     B, C = torch.view_as_complex(layer.B), torch.view_as_complex(layer.C)
     h = doubled(decay, x.to(B.dtype) @ (layer.gamma_log.exp() * B.mT))
     return layer.output((h @ C.mT).real + layer.D * x)
+
+
+def plain_dss(layer: DSS, x: Tensor) -> Tensor:
+    eigenvalues, z = layer.modes()
+    weights = torch.view_as_complex(layer.W) * (torch.expm1(z) / eigenvalues).to(torch.complex64) / 2
+    kernel = written_out(z.to(torch.complex64), weights, x.shape[1])
+    return layer.output(convolved(x, kernel) + layer.D * x)
+
+
+def plain_linoss(layer: LinOSS, x: Tensor) -> Tensor:
+    M, gain = layer._step(layer.log_dt.exp())
+    B, C = torch.view_as_complex(layer.B), torch.view_as_complex(layer.C)
+    h, shift = gain * (x.to(B.dtype) @ B.mT)[..., None], 1
+    M = M.to(B.dtype)
+    while shift < x.shape[1]:
+        earlier = (M @ h[:, :-shift, :, :, None])[..., 0]
+        h, M, shift = torch.cat([h[:, :shift], h[:, shift:] + earlier], 1), M @ M, 2 * shift
+    return layer.output((h[..., 1] @ C.mT).real + layer.D * x)
 
 
 def plain_h3(layer: H3, x: Tensor) -> Tensor:
@@ -146,6 +164,8 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "s4d": plain_s4d,
     "s5": plain_s5,
     "lru": plain_lru,
+    "dss": plain_dss,
+    "linoss": plain_linoss,
     "h3": plain_h3,
     "mega": plain_mega,
     "megalodon": plain_mega,

@@ -12,13 +12,21 @@ from torch import nn
 
 from contract import ROWS, Row, build
 from longstate import (
+    DSS,
+    FFM,
     H3,
     LRU,
+    LSSL,
+    LTC,
     RGLRU,
+    S4,
     S4D,
     S5,
+    STU,
     Attention,
     Hyena,
+    LinOSS,
+    LiquidS4,
     LongConv,
     Mamba,
     Mamba2,
@@ -27,14 +35,15 @@ from longstate import (
     Mixer,
     SGConv,
     ShortConv,
+    SpaceTime,
     Timeline,
     systems,
 )
 from longstate.analysis import linear
 from longstate.routes import Bidirectional
 
-LINEAR = (S4D, S5, LRU, LongConv, SGConv, Mega, Megalodon, H3)
-OTHERS = (Mamba, Mamba2, RGLRU, ShortConv, Attention, Hyena, Bidirectional)
+LINEAR = (S4, S4D, S5, LRU, LSSL, DSS, LinOSS, SpaceTime, STU, LongConv, SGConv, Mega, Megalodon, H3)
+OTHERS = (Mamba, Mamba2, RGLRU, ShortConv, Attention, Hyena, LTC, FFM, LiquidS4, Bidirectional)
 STEPS = 70  # enough for layers to convolve
 
 
@@ -107,14 +116,19 @@ def test_another_time_between_steps() -> None:
         lambda: S4D(3, 16, "quad", "bilinear"),
         lambda: S4D(3, 7, "real"),
         lambda: S5(4, 12, discretization="bilinear"),
+        lambda: DSS(3, 8),
     ],
 )
 def test_continuous_poles(layer: object) -> None:
     mixer = build(layer)
-    A, dt = mixer.system()[::3] if isinstance(mixer, S4D) else (None, mixer.log_dt.exp())
-    if A is None:
-        A = torch.complex(-mixer.A_real.exp(), mixer.A_imag)
-    wanted = (A * dt.reshape(-1, *[1] * (A.ndim - 1))).detach().numpy().reshape(-1)
+    if isinstance(mixer, S4D):
+        A, dt = mixer.system()[::3]
+        A = A * dt[:, None]
+    elif isinstance(mixer, S5):
+        A = torch.complex(-mixer.A_real.exp(), mixer.A_imag) * mixer.log_dt.exp()
+    else:
+        A = mixer.modes()[1]
+    wanted = A.detach().numpy().reshape(-1)
     wanted = np.concatenate([wanted, wanted.conj()]) if A.is_complex() else wanted
     found = np.concatenate(linear.continuous_poles(mixer))
     assert len(found) == len(wanted)
@@ -134,6 +148,18 @@ def test_hankel_singular_values(layer: object) -> None:
         blocks = [[taps[1 + i + j] for j in range(299)] for i in range(299)]
         hankel = scipy.linalg.svdvals(np.block(blocks))
         np.testing.assert_allclose(values, hankel[: len(values)], atol=1e-10 * values[0])
+
+
+def test_oscillators_turn_without_decay() -> None:
+    """LinOSS by its rule that keeps volume: s = ± i √A Δ of each, twice, as states have two parts."""
+    layer = build(lambda: LinOSS(2, 3, "imex"))
+    (found,) = linear.continuous_poles(layer)
+    turning = layer.A.clamp(min=0).sqrt().mul(layer.log_dt.exp()).detach().numpy()
+    assert len(found) == 12
+    assert np.abs(np.sort(found.imag) - np.sort(np.concatenate([turning, turning, -turning, -turning]))).max() < 1e-4
+    assert np.abs(found.real).max() < 1e-4
+    with pytest.raises(ValueError, match="on the unit circle or outside"):
+        linear.hankel_singular_values(layer)
 
 
 def test_an_unstable_layer_has_no_hankel_values() -> None:

@@ -23,6 +23,7 @@ from ..timeline import Timeline
 TOLERANCE = 1e-9  # how far a step may be from the sum of what its parts do, relative to its largest number
 LARGEST = 2**26  # numbers in the matrices of a layer: half a gigabyte
 PIECE = 2**22  # numbers in the states of one call
+UNDAMPED = 1e-12  # how near the unit circle poles are on it, as far as rounding tells
 INSTANT = 2.0**-18  # of a nominal step: short enough for every rule, and long enough for float64
 
 
@@ -167,7 +168,7 @@ def _gramian_root(
     A: Float[np.ndarray, "g n n"], B: Float[np.ndarray, "g n i"], name: str
 ) -> Float[np.ndarray, "g n n"]:
     """Return R with R Rᵀ = Σ_t A^t B Bᵀ (A^t)ᵀ of systems together."""
-    if np.abs(np.linalg.eigvals(A)).max(initial=0.0) >= 1:
+    if np.abs(np.linalg.eigvals(A)).max(initial=0.0) >= 1 - UNDAMPED:
         raise ValueError(f"hankel_singular_values: {name} has a pole on the unit circle or outside: it is not stable")
     W = B @ B.mT
     while np.abs(A).max(initial=0.0) > 1e-30:

@@ -17,7 +17,7 @@ from ..mixers import Mixer
 from ..models import LanguageModel
 from . import plots
 from .curves import save_loss_plot
-from .linear import hankel_singular_values, linear_systems
+from .linear import UNDAMPED, hankel_singular_values, linear_systems
 
 MEMORY_STEPS = 512
 
@@ -61,9 +61,10 @@ def summarize(name: str, layer: Mixer) -> Summary:
         reason, _, _ = str(error).removeprefix("linear_systems: ").partition(". ")
         return Summary(name, left_out=f"{reason}.")
     margin = min(systems.stability_margin(system) for system in found)
-    with np.errstate(divide="ignore"):
-        constant = float(-1 / np.log1p(-margin)) if 0 < margin <= 1 else float("inf")
-    hankel = max(float(x.max(initial=0.0)) for x in hankel_singular_values(layer)) if margin > 0 else None
+    if margin <= UNDAMPED:
+        return Summary(name, len(found[0].A), float("inf"), margin)
+    constant = -1 / float(np.log1p(-margin)) if margin < 1 else 0.0
+    hankel = max(float(x.max(initial=0.0)) for x in hankel_singular_values(layer))
     return Summary(name, len(found[0].A), constant, margin, hankel)
 
 
@@ -106,7 +107,7 @@ def write_report(
             body.append(_section(f"Layer {name}", [f"<p>Left out: {html.escape(row.left_out)}</p>"]))
         else:
             start = starts[int(name.split()[0])]
-            body.append(_section(f"Layer {name}", _pictures(folder, name, layer, start, row.margin > 0)))
+            body.append(_section(f"Layer {name}", _pictures(folder, name, layer, start, row.hankel is not None)))
     page = PAGE.format(title=html.escape(title), body="\n".join(body))
     with replacing(folder / "index.html") as part:
         part.write_text(page, encoding="utf-8")
