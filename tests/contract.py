@@ -24,7 +24,9 @@ import longstate
 from longstate import (
     H3,
     LRU,
+    LSSL,
     RGLRU,
+    S4,
     S4D,
     S5,
     STU,
@@ -69,7 +71,7 @@ class Row(NamedTuple):
     state: str = "constant"
 
 
-def _slow_modes(mixer: S4D | S5, factor: float) -> None:
+def _slow_modes(mixer: S4 | S4D | S5 | LSSL, factor: float) -> None:
     mixer.log_dt.data += math.log(factor)
 
 
@@ -108,6 +110,10 @@ ROWS = [
     Row("s5 blocks bilinear", lambda: S5(4, 8, 2, "bilinear"), _slow_modes),
     Row("s4d stable", lambda: S4D(3, 4, "lin", parameterization="stable"), _slow_modes),
     Row("s5 softplus", lambda: S5(3, 4, parameterization="softplus"), _slow_modes),
+    Row("lssl", lambda: LSSL(3, 4), _slow_modes),
+    Row("lssl own matrices", lambda: LSSL(3, 4, "legt", shared=False, alpha=0.7, output="identity"), _slow_modes),
+    Row("s4", lambda: S4(3, 4), _slow_modes),
+    Row("s4 legt untied", lambda: S4(3, 4, "legt", tied=False, output="identity"), _slow_modes),
     Row("lru", lambda: LRU(4, 5)),
     Row("lru identity", lambda: LRU(3, 4, 0.0, 0.9, max_phase=0.5, output="identity")),
     Row("mamba", lambda: Mamba(4, d_state=3), _slow_mamba),

@@ -9,7 +9,9 @@ from .checkpoints import save as save
 from .generate import generate as generate
 from .mixers import H3 as H3
 from .mixers import LRU as LRU
+from .mixers import LSSL as LSSL
 from .mixers import RGLRU as RGLRU
+from .mixers import S4 as S4
 from .mixers import S4D as S4D
 from .mixers import S5 as S5
 from .mixers import STU as STU

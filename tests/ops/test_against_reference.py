@@ -93,6 +93,18 @@ def state_space_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Cal
     return ops.state_space, dict(u=u, A=A, B=B, C=C, initial=torch.randn(b, d, n, dtype=dtype))
 
 
+def dplr_case(kind: str, b: int, t: int, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    d, n, r = 3, 4, 1 if "one" in kind else 2
+    c = dtype.to_complex() if "complex" in kind else dtype
+    poles, P = -0.2 - torch.rand(d, n, dtype=dtype).to(c), 0.5 * torch.randn(d, n, r, dtype=c)
+    poles = poles + 1j * torch.randn(d, n, dtype=dtype) if c.is_complex else poles
+    B, C, initial = (torch.randn(*shape, dtype=c) for shape in ((d, n), (d, n), (b, d, n)))
+    u, dt = torch.randn(b, t, d, dtype=dtype), torch.rand(b, t, d, dtype=dtype)
+    Q = P + 0.05 * torch.randn_like(P)
+    arguments = dict(u=u, dt=dt, poles=poles, P=P, Q=Q, B=B, C=C, initial=initial)
+    return ops.dplr_scan, arguments | ({"alpha": 0.7} if "implicit" in kind else {})
+
+
 CASES = [
     *((scan_case, k) for k in ("fixed", "step", "fixed complex", "step complex")),
     *(
@@ -105,6 +117,7 @@ CASES = [
     ),
     *((delta_case, k) for k in ("none", "step", "channel", "groups step strong", "groups channel strong")),
     *((state_space_case, k) for k in ("", "shared")),
+    *((dplr_case, k) for k in ("complex", "one implicit")),
     *((short_case, k) for k in ("", "one")),
     *((long_case, k) for k in ("", "few")),
     (matrix_case, ""),

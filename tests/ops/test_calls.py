@@ -24,7 +24,7 @@ from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"delta_rule", "matrix_scan", "state_space", "rms_norm", "vandermonde", "cauchy"}
+NAMES |= {"delta_rule", "matrix_scan", "state_space", "dplr_scan", "rms_norm", "vandermonde", "cauchy"}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
@@ -208,6 +208,8 @@ def registered() -> dict[str, dict[str, Any]]:
         "linear_attention": dict(q=q, k=k, v=v, log_decay=g.requires_grad_(), initial=S) | one,
         "delta_rule": dict(q=q, k=k, v=v, beta=t(2, 5, 4), log_decay=g.requires_grad_(), initial=S) | one,
         "state_space": dict(u=u, taps=t(3, 2), write=t(3, 2, 4), read=t(3, 2, 4), through=t(3, 4, 4), initial=h) | one,
+        "dplr_scan": dict(u=u, dt=dt, poles=A, P=t(3, 4, 2), Q=t(3, 4, 2), B=t(3, 4), C=t(3, 4), initial=h, alpha=0.7)
+        | one,
         "short_convolution": dict(padded=t(2, 5, 3), taps=t(3, 2)) | one,
         "long_convolution": dict(padded=t(2, 75, 3), taps=t(3, 70)) | one | dict(segment=None),
         "matrix_scan": dict(A=t(3, 3), b=t(2, 5, 3), initial=t(2, 3)) | one,

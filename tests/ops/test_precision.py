@@ -47,6 +47,8 @@ def test_narrow_types_err_by_their_roundings(
     # SiLU has a slope of at most 1.1. Complex products cost at most √8 of a real one.
     if dtype == torch.bfloat16 and "complex" in kind:
         pytest.skip("there is no complex type of that width")
+    if "poles" in make(kind, 1, 1, torch.float64)[1]:
+        pytest.skip("magnitudes say nothing of a solution of equations: tests/ops/test_dplr_scan.py has its bound")
     function, arguments = make(kind, 2, LENGTH, torch.float64)
     arguments = {name: cast(x, dtype) for name, x in arguments.items()}
     exact = {name: cast(x, torch.float64) for name, x in arguments.items()}

@@ -4,6 +4,7 @@ from . import convolution as convolution
 from ._register import backends as backends
 from .cauchy import cauchy as cauchy
 from .delta_rule import delta_rule as delta_rule
+from .dplr_scan import dplr_scan as dplr_scan
 from .linear import linear as linear
 from .linear_attention import linear_attention as linear_attention
 from .linear_attention import linear_attention_decay as linear_attention_decay
