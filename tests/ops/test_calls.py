@@ -25,8 +25,17 @@ from longstate.ops.state_space import chunked as space_chunked
 from ops.test_against_reference import CASES, IDS, largest_error, run
 
 NAMES = {"scan", "selective_scan", "linear_attention", "short_convolution", "long_convolution"}
-NAMES |= {"block_scan", "matrix_scan", "delta_rule", "state_space", "dplr_scan", "liquid"}
-NAMES |= {"rms_norm", "vandermonde", "cauchy"}
+NAMES |= {
+    "block_scan",
+    "cauchy",
+    "delta_rule",
+    "dplr_scan",
+    "liquid",
+    "matrix_scan",
+    "rms_norm",
+    "state_space",
+    "vandermonde",
+}
 
 
 def test_backends_say_what_is_in_use_and_why_not() -> None:
