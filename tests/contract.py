@@ -83,17 +83,12 @@ def _slow_modes(mixer: Any, factor: float) -> None:
 def _slow_route(route: Bidirectional | HiSS, factor: float) -> None:
     for part in route.children():
         if isinstance(part, Mixer):
+            _slow_modes(part, factor)
 
 
 def _slow_memory(mixer: HiPPOLegS, factor: float) -> None:
     """Where a step is compared with the age of the memory alone, longer steps are a younger memory."""
     mixer.t_0 /= factor
-
-
-def _slow_route(mixer: Bidirectional, factor: float) -> None:
-    for part in (mixer.ahead, mixer.back):
-        if part is not None:
-            _slow_modes(part, factor)
 
 
 def _slow_ffm(mixer: FFM, factor: float) -> None:

@@ -115,6 +115,5 @@ def test_options_that_make_no_sense(options: dict) -> None:
 
 @pytest.mark.compiled  # apart from the run-time checks, which see a wrong literal first
 def test_a_solver_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"Did you mean .rk4"):
     with pytest.raises(ValueError, match="Did you mean 'rk4"):
         LTC(2, solver="rk5")
