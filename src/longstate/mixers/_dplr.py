@@ -50,12 +50,12 @@ def run(
 ) -> tuple[Float[Tensor, "b t d"], Inexact[Tensor, "b d n"]]:
     """Return outputs and the final state. ``timeline.dt`` scales Δ."""
     elapsed, start, valid = timeline
-    length, any_length = u.shape[1], torch.compiler.is_exporting()
-    if elapsed is not None or (length <= FEW and not any_length):
+    # An exported graph takes any length, so it has the face that does; asking for the length would be a promise.
+    length = None if torch.compiler.is_exporting() else u.shape[1]
+    if elapsed is not None or (length is not None and length <= FEW):
         dt = system.dt.expand_as(u) if elapsed is None else system.dt * elapsed.to(u.dtype)[..., None]
         return dplr_scan(u, dt, *system[:-1], initial, start=start, valid=valid)
-    # An exported graph takes any length, so it has the face that does.
-    if start is None and valid is None and length >= CONVOLUTION_FROM and not any_length:
+    if start is None and valid is None and length is not None and length >= CONVOLUTION_FROM:
         return convolve(u, system, initial)
     A, B = (x.to(u.dtype) for x in dense(system))
     C = _as_real(2 * system.C.conj())
