@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from .._shapes import Float, Inexact, Tensor
 from ..ops import cauchy, dplr_scan, state_space
+from ..ops._register import without_autocast
 from ..ops.convolution.chunked import fft
 from ..timeline import Timeline
 from ._diagonal import CONVOLUTION_FROM
@@ -56,7 +57,8 @@ def run(
         dt = system.dt.expand_as(u) if elapsed is None else system.dt * elapsed.to(u.dtype)[..., None]
         return dplr_scan(u, dt, *system[:-1], initial, start=start, valid=valid)
     if start is None and valid is None and length is not None and length >= CONVOLUTION_FROM:
-        return convolve(u, system, initial)
+        with without_autocast(u):
+            return convolve(u, system, initial)
     A, B = (x.to(u.dtype) for x in dense(system))
     C = _as_real(2 * system.C.conj())
     before = None if initial is None else _as_real(initial)
