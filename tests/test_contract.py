@@ -202,6 +202,6 @@ def test_compile_with_inductor() -> None:
 
 
 @pytest.mark.compiled
-@traced(("s4d", "s5", "mamba", "mamba2", "attention", "attention window"))
+@traced(("s4", "s4d", "s5", "mamba", "mamba2", "attention", "attention window"))
 def test_export(row: Row, kinds: str) -> None:
     contract.check_export(row.make, kinds, with_state=bool(kinds) and row.state != "none")

@@ -7,7 +7,7 @@ import pytest
 import scipy.signal
 import torch
 
-from longstate import S4, Timeline
+from longstate import LSSL, S4, Timeline
 from longstate.mixers._dplr import System, convolve, dense, responses
 from longstate.mixers.s4 import MEASURES, SLOWEST, S4State
 from longstate.ops import dplr_scan, state_space
@@ -180,6 +180,26 @@ def test_tied_systems_stay_stable() -> None:
         mixer = make(measure, noise=1.0)
         for channel in range(2):
             assert np.linalg.eigvals(whole(mixer, channel)[0].dense()).real.max() < 0
+
+
+@pytest.mark.parametrize("make_one", [S4, LSSL])
+@pytest.mark.parametrize("kind", ["long", "short", "start", "dt"])
+def test_autocast_rounds_no_state(make_one: type[S4] | type[LSSL], kind: str) -> None:
+    mixer, length = make_one(3, 8, output="identity"), 5 if kind == "short" else 70
+    x = torch.randn(2, length, 3, requires_grad=True)
+    timeline = {
+        "start": Timeline(start=torch.rand(2, length) < 0.1),
+        "dt": Timeline(dt=torch.rand(2, length)),
+    }.get(kind)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, state = mixer(x, None, timeline)
+            (gradient,) = torch.autograd.grad(y.sin().sum() + state.ssm.abs().sum(), x)
+        results.append([y, state.ssm, gradient])
+    assert largest_error(results[1][:2], results[0][:2]) == 0
+    # What torch itself multiplies on the way back may be rounded: of backward passes, autocast is to be left out.
+    assert largest_error(results[1][2:], results[0][2:]) < 0.03
 
 
 def test_what_cannot_be() -> None:

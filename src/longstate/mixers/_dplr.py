@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 
 from .._shapes import Float, Inexact, Tensor
 from ..ops import cauchy, dplr_scan, state_space
+from ..ops._register import without_autocast
 from ..ops.convolution.chunked import fft
 from ..timeline import Timeline
 from ._diagonal import CONVOLUTION_FROM
 
 CHUNKS = 32  # of a long sequence, whose last state comes by that many steps: twice as many would save one squaring
-FEW = 16  # steps up to which those by Woodbury's identity take less than the powers of a dense matrix
+FEW = 8  # steps up to which those by Woodbury's identity take no longer than the powers of a dense matrix
 
 
 class System(NamedTuple):
@@ -50,13 +51,14 @@ def run(
 ) -> tuple[Float[Tensor, "b t d"], Inexact[Tensor, "b d n"]]:
     """Return outputs and the final state. ``timeline.dt`` scales Δ."""
     elapsed, start, valid = timeline
-    length, any_length = u.shape[1], torch.compiler.is_exporting()
-    if elapsed is not None or (length <= FEW and not any_length):
+    # An exported graph takes any length, so it has the face that does; asking for the length would be a promise.
+    length = None if torch.compiler.is_exporting() else u.shape[1]
+    if elapsed is not None or (length is not None and length <= FEW):
         dt = system.dt.expand_as(u) if elapsed is None else system.dt * elapsed.to(u.dtype)[..., None]
         return dplr_scan(u, dt, *system[:-1], initial, start=start, valid=valid)
-    # An exported graph takes any length, so it has the face that does.
-    if start is None and valid is None and length >= CONVOLUTION_FROM and not any_length:
-        return convolve(u, system, initial)
+    if start is None and valid is None and length is not None and length >= CONVOLUTION_FROM:
+        with without_autocast(u):
+            return convolve(u, system, initial)
     A, B = (x.to(u.dtype) for x in dense(system))
     C = _as_real(2 * system.C.conj())
     before = None if initial is None else _as_real(initial)
@@ -110,24 +112,25 @@ def responses(
     Ā^length, by which others cut the tail off, is not needed.
     """
     poles, P, Q, B, C, dt = system.double()
-    step, rank = dt[:, None], P.shape[-1]
+    step = dt[:, None]
     # Relative errors of 2⁻⁵³ to the power of N/(N + length): 4e-11 and 2e-13.
     count = (4 if dtype == torch.float64 else 2) * length
     radius = 2.0 ** (-53 / (count + length))
     angle = torch.arange(count // 2 + 1, dtype=torch.float64, device=dt.device) * (-2 * math.pi / count)
     z = torch.polar(torch.full_like(angle, radius), angle)
-    columns = [step * B, *(step[..., None] * P).unbind(-1)]
+    drives = [step * B]
     if initial is not None:
         x = initial.to(poles.dtype)
         low_rank = (P @ (2 * (Q.mH @ x[..., None]).real).to(P.dtype))[..., 0]
-        columns += (x + step / 2 * (poles * x - low_rank)).unbind(0)
+        drives += (x + step / 2 * (poles * x - low_rank)).unbind(0)
+    columns = [*drives, *(step[..., None] * P).unbind(-1)]
     rows = torch.stack([C, *Q.conj().unbind(-1)])
     sums = cauchy(rows[:, None] * torch.stack(columns), 2 * (1 - z) / (1 + z), step * poles)
-    for i in range(1, rank + 1):
-        sums = sums - sums[:, i : i + 1] * (sums[i : i + 1] / (1 + sums[i, i]))
-    found = torch.cat([sums[0, :1], sums[0, rank + 1 :]]) * (2 / (1 + z))
+    for _ in range(P.shape[-1]):
+        above, last = sums[:-1], sums[-1:]
+        sums = above[:, :-1] - above[:, -1:] * (last[:, :-1] / (1 + last[:, -1:]))
     age = torch.arange(length, dtype=torch.float64, device=dt.device)
-    return torch.fft.irfft(found, n=count)[..., :length] * radius**-age
+    return torch.fft.irfft(sums[0] * (2 / (1 + z)), n=count)[..., :length] * radius**-age
 
 
 def _last(u: Tensor, A: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -223,6 +224,12 @@ def twice(
     wanted = [x for x in given if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(portable(), wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in given)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast rounds no products of float32: states and powers are as exact as that."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def real_of(dtype: torch.dtype) -> torch.dtype:

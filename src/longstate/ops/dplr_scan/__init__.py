@@ -8,7 +8,17 @@ import torch
 
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, differentiated, expect, real_of, register
+from .._register import (
+    at_least_float32,
+    call,
+    choose,
+    define,
+    differentiated,
+    expect,
+    real_of,
+    register,
+    without_autocast,
+)
 from . import chunked, reference
 
 
@@ -76,10 +86,11 @@ def dplr_scan(
     # A step of no length is one that does not count.
     sequence = (zero_where_invalid(x, valid).to(real_of(dtype)) for x in (u, dt))
     given: Any = (*sequence, *(x.to(dtype) for x in system), x_0, start, alpha)
-    if backend == "reference":
-        y, final = reference.dplr_scan(*given)
-    else:
-        y, final, _ = call("dplr_scan", *given, differentiated(u, dt, *system, initial), backend=backend)
+    with without_autocast(u):
+        if backend == "reference":
+            y, final = reference.dplr_scan(*given)
+        else:
+            y, final, _ = call("dplr_scan", *given, differentiated(u, dt, *system, initial), backend=backend)
     return zero_where_invalid(y, valid).to(u.dtype), final
 
 
@@ -102,7 +113,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.longstate.dplr_scan_backward
-    gradients = op(grad, grad_final, *ctx.saved_tensors, ctx.alpha, ctx.backend)
+    with without_autocast(grad):
+        gradients = op(grad, grad_final, *ctx.saved_tensors, ctx.alpha, ctx.backend)
     return (*gradients, None, None, None, None)
 
 

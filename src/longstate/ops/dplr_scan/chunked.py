@@ -28,7 +28,7 @@ class _System(NamedTuple):
         poles: Λ ``[d 1 n]``.
         P: ``[d n r]``.
         Q: ``[d n r]``.
-        products: Q* and P, term by term: ``[d n r·r]``.
+        products: Q and P*, term by term, to read Q* E P from E with: ``[d n r·r]``.
     """
 
     poles: Tensor
@@ -38,7 +38,7 @@ class _System(NamedTuple):
 
     @classmethod
     def of(cls, poles: Tensor, P: Tensor, Q: Tensor) -> _System:
-        return cls(poles, P, Q, (torch.conj_physical(Q)[..., None] * P[:, :, None]).flatten(2))
+        return cls(poles, P, Q, (Q[..., None] * torch.conj_physical(P)[:, :, None]).flatten(2))
 
     def adjoint(self) -> _System:
         return _System.of(torch.conj_physical(self.poles), self.Q, self.P)
@@ -49,16 +49,23 @@ class _System(NamedTuple):
 
     def solve(self, w: Tensor, h: Tensor) -> Tensor:
         """Return (I − h A)⁻¹ w for ``[d b n]`` and h ``[d b 1]``."""
-        rank = self.P.shape[-1]
         E = 1 / (1 - h * self.poles)
         x = E * w
-        s, G = _read(x, self.Q), h * _read(E, torch.conj_physical(self.products))
-        if rank == 1:
-            s = s / (1 + G)
-        else:
-            identity = torch.eye(rank, dtype=G.dtype, device=G.device)
-            s = torch.linalg.solve(identity + G.unflatten(-1, (rank, rank)), s)
-        return x - h * E * _spread(s, self.P)
+        s, G = _read(x, self.Q), h * _read(E, self.products)
+        return x - h * E * _spread(_solve(G, s), self.P)
+
+
+def _solve(G: Tensor, s: Tensor) -> Tensor:
+    """Return (I + G)⁻¹ s for G ``[d b r·r]`` and s ``[d b r]``."""
+    rank = s.shape[-1]
+    if rank == 1:
+        return s / (1 + G)
+    if rank == 2:  # Cramer's rule: a library takes far longer for matrices so small
+        a, b, c, d = (G + torch.tensor([1, 0, 0, 1], dtype=G.dtype, device=G.device)).unbind(-1)
+        first, second = s.unbind(-1)
+        return torch.stack([d * first - b * second, a * second - c * first], -1) / (a * d - b * c)[..., None]
+    identity = torch.eye(rank, dtype=G.dtype, device=G.device)
+    return torch.linalg.solve(identity + G.unflatten(-1, (rank, rank)), s)
 
 
 def _read(x: Tensor, M: Tensor) -> Tensor:

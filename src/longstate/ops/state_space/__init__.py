@@ -8,7 +8,7 @@ import torch
 
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Compaction, Timeline, segments, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, expect, register
+from .._register import at_least_float32, call, choose, define, expect, register, without_autocast
 from . import chunked, reference
 
 
@@ -62,11 +62,12 @@ def state_space(
     dtype = at_least_float32(u, A, B, C) if initial is None else at_least_float32(u, A, B, C, initial)
     x_0 = u.new_zeros(batch, width, states, dtype=dtype) if initial is None else initial.to(dtype)
     given = (zero_where_invalid(u, valid).to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), x_0)
-    # A step or none takes no powers. An exported graph takes any length.
-    if backend == "reference" or (not torch.compiler.is_exporting() and length <= 1):
-        y, final = reference.state_space(*given, start, valid)
-    else:
-        y, final = _in_chunks(*given, start, valid, backend)
+    with without_autocast(u):
+        # A step or none takes no powers. An exported graph takes any length.
+        if backend == "reference" or (not torch.compiler.is_exporting() and length <= 1):
+            y, final = reference.state_space(*given, start, valid)
+        else:
+            y, final = _in_chunks(*given, start, valid, backend)
     return y.to(u.dtype), final
 
 
@@ -146,7 +147,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_states: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.longstate.state_space_backward(grad, grad_states, *ctx.saved_tensors, ctx.backend)
+    with without_autocast(grad):
+        gradients = torch.ops.longstate.state_space_backward(grad, grad_states, *ctx.saved_tensors, ctx.backend)
     return (*gradients, None, None)
 
 
