@@ -24,7 +24,7 @@ def block_scan(
         return torch.empty_like(b), initial.clone()
     a, b = _masked(a, b, start, valid)
     first = a[:, :1] if a.ndim == b.ndim else a
-    h = _odd_even(a, torch.cat([product(first, initial[:, None]) + b[:, :1], b[:, 1:]], 1))
+    h = _states(a, torch.cat([first @ initial[:, None] + b[:, :1], b[:, 1:]], 1))
     return zero_where_invalid(h, valid), h[:, -1].clone()
 
 
@@ -52,23 +52,14 @@ def block_scan_backward(
     grad = torch.cat([grad[:, :-1], grad[:, -1:] + grad_final[:, None]], 1)
     per_step = adjoint_a.ndim == h.ndim
     behind = torch.cat([torch.zeros_like(adjoint_a[:, :1]), adjoint_a[:, 1:].flip(1)], 1) if per_step else adjoint_a
-    adjoint = (states or _odd_even)(behind, grad.flip(1)).flip(1)
+    adjoint = (states or _states)(behind, grad.flip(1)).flip(1)
     before = before_each(wide, initial, start, valid)
     for mask in (valid, None if start is None else ~start):
         before = zero_where_invalid(before, mask)
     each = "btnip,btnjp->nij" if a.ndim < h.ndim else "btnip,btnjp->btnij"
     grad_a = torch.einsum(each, adjoint, before.conj())
-    grad_initial = product(adjoint_a[:, 0] if per_step else adjoint_a, adjoint[:, 0])
+    grad_initial = (adjoint_a[:, 0] if per_step else adjoint_a) @ adjoint[:, 0]
     return grad_a.to(a.dtype), zero_where_invalid(adjoint, valid).to(h.dtype), grad_initial
-
-
-def product(a: Tensor, x: Tensor) -> Tensor:
-    """Return a x of small matrices as a sum over columns: a batch of products so small costs more by matrix
-    routines."""
-    result = a[..., :1] * x[..., :1, :]
-    for i in range(1, a.shape[-1]):
-        result = torch.addcmul(result, a[..., i : i + 1], x[..., i : i + 1, :])
-    return result
 
 
 def _masked(a: Tensor, b: Tensor, start: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -81,16 +72,32 @@ def _masked(a: Tensor, b: Tensor, start: Tensor | None, valid: Tensor | None) ->
     return a, b
 
 
-def _odd_even(a: Tensor, b: Tensor) -> Tensor:
+def _states(a: Tensor, b: Tensor) -> Tensor:
     """Return the states from a zero initial state, for at least one step."""
-    length = b.shape[1]
+    # With the entries of a matrix far apart, the blocks of all steps lie side by side: long loops, not loops over two.
+    each = a.permute(3, 4, 0, 1, 2) if a.ndim == b.ndim else a.permute(1, 2, 0)[:, :, None, None]
+    return _odd_even(each.contiguous(), b.permute(3, 4, 0, 1, 2).contiguous()).permute(2, 3, 4, 0, 1)
+
+
+def _odd_even(a: Tensor, b: Tensor) -> Tensor:
+    """Return the states of ``[k k b t n]`` (or ``[k k 1 1 n]``) and ``[k p b t n]``."""
+    length = b.shape[3]
     if length == 1:
         return b
-    per_step = a.ndim == b.ndim
-    a_odd, a_even, a_next = (a[:, 1::2], a[:, : length - 1 : 2], a[:, 2::2]) if per_step else (a, a, a)
-    h_odd = _odd_even(product(a_odd, a_even), b[:, 1::2] + product(a_odd, b[:, : length - 1 : 2]))
+    per_step = a.shape[3] == length
+    a_odd, a_even, a_next = (a[..., 1::2, :], a[..., : length - 1 : 2, :], a[..., 2::2, :]) if per_step else (a, a, a)
+    pairs = b[..., 1::2, :] + _product(a_odd, b[..., : length - 1 : 2, :])
+    h_odd = _odd_even(_product(a_odd, a_even), pairs)
     h = torch.empty_like(b)
-    h[:, 0] = b[:, 0]
-    h[:, 1::2] = h_odd
-    h[:, 2::2] = b[:, 2::2] + product(a_next, h_odd[:, : (length - 1) // 2])
+    h[..., 0, :] = b[..., 0, :]
+    h[..., 1::2, :] = h_odd
+    h[..., 2::2, :] = b[..., 2::2, :] + _product(a_next, h_odd[..., : (length - 1) // 2, :])
     return h
+
+
+def _product(a: Tensor, x: Tensor) -> Tensor:
+    """Return the products of matrices whose entries come first, one column of ``a`` after the other."""
+    result = a[:, 0, None] * x[0]
+    for j in range(1, len(x)):
+        result = torch.addcmul(result, a[:, j, None], x[j])
+    return result
