@@ -23,10 +23,12 @@ from measure import table
 from torch import Tensor
 
 import longstate
-from longstate import LRU, S4D, S5, Mixer, Timeline, native, ops
+from longstate import DSS, LRU, S4, S4D, S5, LinOSS, Mixer, Timeline, native, ops
 from longstate.mixers._diagonal import log_bilinear
 
 DIGITS = 50
+BITS = 256  # behind the point of a number in fixed point
+APART = (S4, S4D, DSS)  # a system for each channel
 Modes = list[tuple[list[mpmath.mpc], list[mpmath.mpc]]]  # of each kernel: log Ā, and what multiplies its powers
 
 
@@ -63,10 +65,73 @@ def exact_s4d(layer: S4D) -> Modes:
     return [(list(a), list(w)) for a, w in zip(log_decay, scale * C * B * gain, strict=True)]
 
 
+def exact_dss(layer: DSS) -> Modes:
+    """Return modes of a DSS of exponential kernels."""
+    exp = np.vectorize(mpmath.exp, otypes=[object])
+    real, imag, dt = -exp(exact_number(layer.A_real)), exact_number(layer.A_imag), exp(exact_number(layer.log_dt))
+    z, W = dt[:, :1] * real + 1j * dt[:, 1:] * imag, exact_number(layer.W)
+    weights = (W[..., 0] + 1j * W[..., 1]) * np.vectorize(mpmath.expm1, otypes=[object])(z) / (real + 1j * imag)
+    return [(list(a), list(w)) for a, w in zip(z, weights, strict=True)]
+
+
+def exact_linoss(layer: LinOSS) -> Modes:
+    """Return modes of a LinOSS by its implicit rule: of M = S [[1, −ΔA], [Δ, 1]] the eigenvalue S (1 + iΔ√A)."""
+    root = np.vectorize(mpmath.sqrt, otypes=[object])
+    A, dt = exact_number(layer.A), np.vectorize(mpmath.exp, otypes=[object])(exact_number(layer.log_dt))
+    shrink = 1 / (1 + dt * dt * A)
+    turn, force = shrink * (1 + 1j * dt * root(A)), dt * shrink
+    B, C = (x[..., 0] + 1j * x[..., 1] for x in (exact_number(layer.B), exact_number(layer.C)))
+    # An impulse is force (1, Δ): half of it on this eigenvector (i√A, 1), half on its conjugate.
+    part, log_decay = dt * force - 1j * force / root(A), np.vectorize(mpmath.log, otypes=[object])(turn)
+    real = np.vectorize(mpmath.re, otypes=[object])
+    return [(list(log_decay), list(real(C[i] * B[:, 0]) * part)) for i in (0, -1)]
+
+
+def exact_s4(layer: S4, taps: list[int]) -> np.ndarray:
+    """Return taps of an S4 of rank 1, step by step in fixed point, each step by Sherman and Morrison's identity."""
+    one, rows, wanted = 1 << BITS, [], set(taps)
+    fixed = np.vectorize(lambda x: int(mpmath.nint(x * one)), otypes=[object])
+    exp = np.vectorize(mpmath.exp, otypes=[object])
+    for c in range(layer.d_model):
+        real, imag, dt = (
+            -exp(exact_number(layer.log_A_real[c])),
+            exact_number(layer.A_imag[c]),
+            mpmath.exp(layer.log_dt[c].item()),
+        )
+        P, B, C = (
+            x[..., 0] + 1j * x[..., 1] for x in (exact_number(v[c]) for v in (layer.P[:, :, 0], layer.B, layer.C))
+        )
+        half = dt * (real + 1j * imag) / 2
+        E, parts = 1 / (1 - half), np.vectorize(lambda x: (x.real, x.imag), otypes=[object, object])
+        damped = dt / (1 + dt * sum(mpmath.re(x) for x in np.conj(P) * E * P))
+        numbers = [((1 + half) * E), dt * E * P, np.conj(P), damped * E * P, np.conj(P), dt * E * B, C]
+        (turn, push, read, pull, sense, drive, show) = (tuple(map(fixed, parts(x))) for x in numbers)
+        x, found = drive, []
+        for tap in range(taps[-1] + 1):
+            if tap:
+                level = (read[0] @ x[0] - read[1] @ x[1]) >> BITS
+                r = (
+                    ((turn[0] * x[0] - turn[1] * x[1] - push[0] * level) >> BITS),
+                    ((turn[0] * x[1] + turn[1] * x[0] - push[1] * level) >> BITS),
+                )
+            else:
+                r = drive
+            level = (sense[0] @ r[0] - sense[1] @ r[1]) >> BITS
+            x = (r[0] - ((pull[0] * level) >> BITS), r[1] - ((pull[1] * level) >> BITS))
+            if tap in wanted:
+                found.append(mpmath.mpf(2 * ((show[0] @ x[0] - show[1] @ x[1]) >> BITS)) / one)
+        rows.append(found)
+    return np.array(rows, dtype=object)
+
+
 def exact_modes(layer: Mixer) -> Modes:
-    """Return modes of a layer; of S5 and LRU those from the first input to the first and last output."""
+    """Return modes of a layer; where channels mix, those from the first input to the first and last output."""
     if isinstance(layer, S4D):
         return exact_s4d(layer)
+    if isinstance(layer, DSS):
+        return exact_dss(layer)
+    if isinstance(layer, LinOSS):
+        return exact_linoss(layer)
     exp = np.vectorize(mpmath.exp, otypes=[object])
     B, C = (x[..., 0] + 1j * x[..., 1] for x in (exact_number(layer.B), exact_number(layer.C)))
     if isinstance(layer, S5):
@@ -93,11 +158,11 @@ def ours(layer: Mixer, length: int, scanned: bool) -> Tensor:
     """Return kernels ``[kernels l]``: what the layer does after an impulse, convolved or scanned."""
     x = torch.zeros(1, length, layer.d_model, dtype=layer.D.dtype)
     x[:, 0] = 1
-    if not isinstance(layer, S4D):
+    if not isinstance(layer, APART):
         x[:, 0, 1:] = 0
     timeline = Timeline(valid=torch.ones(1, length, dtype=torch.bool)) if scanned else None
     y = layer(x, None, timeline)[0][0].mT
-    return y if isinstance(layer, S4D) else y[[0, -1]]
+    return y if isinstance(layer, APART) else y[[0, -1]]
 
 
 def coefficients(layer: Mixer, subtract: bool = False, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -106,6 +171,14 @@ def coefficients(layer: Mixer, subtract: bool = False, dtype: torch.dtype | None
     With ``subtract``, (e^z − 1)/z is written so.
     """
     dtype = layer.D.dtype if dtype is None else dtype
+    if isinstance(layer, DSS):
+        dt, real = layer.log_dt.to(dtype).exp(), -layer.A_real.to(dtype).exp()
+        A, z = (
+            torch.complex(real, layer.A_imag.to(dtype)),
+            torch.complex(dt[:, :1] * real, dt[:, 1:] * layer.A_imag.to(dtype)),
+        )
+        gain = (torch.exp(z) - 1 if subtract else torch.expm1(z)) / A
+        return z, torch.view_as_complex(layer.W.to(dtype)) * gain / 2
     if isinstance(layer, S4D):
         A, B, C, dt = layer.system() if dtype == layer.D.dtype else copy.deepcopy(layer).to(dtype).system()
         dt = dt[:, None]
@@ -164,8 +237,10 @@ WAYS: dict[str, Callable[[Mixer, int], Tensor]] = {
 
 def missing(name: str, layer: Mixer) -> bool:
     """Return whether a layer has no such way."""
-    if isinstance(layer, S5 | LRU) and name == "layer, convolved":
-        return True
+    if name == "layer, convolved":
+        return not isinstance(layer, APART)
+    if isinstance(layer, S4 | LinOSS):
+        return name != "layer, scanned"
     return native.kernels is None and "compiled" in name
 
 
@@ -176,11 +251,18 @@ def layers(state: int, dtype: torch.dtype) -> dict[str, Mixer]:
         f"S4D {name} {rule}": S4D(2, state, name, rule, output="identity")
         for name, rule in [(x, "zoh") for x in ("legs", "lin", "inv", "quad", "real")] + [("lin", "bilinear")]
     }
+    found |= {"S4": S4(2, state, output="identity"), "DSS": DSS(2, state // 2, output="identity")}
+    found |= {"LinOSS": LinOSS(2, state // 2, output="identity")}
     found |= {"S5": S5(2, state, output="identity"), "LRU": LRU(2, state, output="identity")}
     for layer in found.values():
         layer.D.data.zero_()
-        if isinstance(layer, S4D):
-            layer.log_dt.data = torch.log(torch.tensor([1e-3, 1e-1]))
+        if isinstance(layer, APART):
+            layer.log_dt.data = (
+                torch.log(torch.tensor([1e-3, 1e-1]))
+                .reshape(2, *[1] * (layer.log_dt.ndim - 1))
+                .expand_as(layer.log_dt)
+                .clone()
+            )
     return {name: layer.to(dtype) for name, layer in found.items()}
 
 
@@ -201,7 +283,7 @@ def main() -> None:
         made = layers(arguments.state, dtype)
         rows: dict[str, list[str]] = {name: [] for name in WAYS}
         for layer in made.values():
-            wanted = exact(exact_modes(layer), taps)
+            wanted = exact_s4(layer, taps) if isinstance(layer, S4) else exact(exact_modes(layer), taps)
             for name, way in WAYS.items():
                 if missing(name, layer):
                     rows[name].append("")
