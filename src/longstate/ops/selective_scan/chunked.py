@@ -28,16 +28,15 @@ class _Chunk(NamedTuple):
     C: Tensor
     keep: Tensor | None
 
-    def states(self, before: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return all states, the decays that led to them, and φ."""
-        decay, phi = coefficients(self.z, rule)
-        if self.keep is not None:
-            decay = decay * self.keep
+    def states(self, before: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return all states, the decays that led to them, these without starts, and φ."""
+        within, phi = coefficients(self.z, rule)
+        decay = within if self.keep is None else within * self.keep
         h = self.B * (self.dt * self.u)
         if phi is not None:
             h = h * phi
         h[:, 0] += decay[:, 0] * before
-        return odd_even(decay, h), decay, phi
+        return odd_even(decay, h), decay, within, phi
 
 
 def _chunks(
@@ -69,7 +68,7 @@ def selective_scan(
     """
     y, h, kept = torch.empty_like(u), initial, [initial]
     for at, chunk in _chunks(u, dt, A, B, C, start):
-        states, _, _ = chunk.states(h, discretization)
+        states, *_ = chunk.states(h, discretization)
         h = states[:, -1].clone()  # a copy, so that the chunk's states can go
         y[:, at] = _readout(states, C[:, at] if C.ndim == 3 else C)
         if keep:
@@ -103,7 +102,7 @@ def selective_scan_backward(
     scale = 2 if A.is_complex() else 1  # the readout adds the conjugate half
     for at, chunk in _chunks(u, dt, A, B, C, start, backwards=True):
         before = beginnings[at.start // CHUNK]
-        h, decay, phi = chunk.states(before, discretization)
+        h, decay, within, phi = chunk.states(before, discretization)
         g = scale * grad[:, at, :, None]
         # λ_t = C̄_t g_t + decay̅_{t+1} λ_{t+1}, a scan backwards in time; `carry` is what the later chunks send.
         direct = chunk.C.conj() * g
@@ -113,7 +112,7 @@ def selective_scan_backward(
         carry = decay[:, 0].conj() * adjoint[:, 0]
 
         _add(grad_C, at, g * h.conj())
-        slope, phi_slope = derivatives(chunk.z, discretization)
+        slope, phi_slope = derivatives(chunk.z, discretization, within, phi)
         if chunk.keep is not None:
             slope = slope * chunk.keep
         grad_z = adjoint * (torch.cat([before[:, None], h[:, :-1]], 1) * slope).conj()
