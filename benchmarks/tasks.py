@@ -97,7 +97,7 @@ def readout_error(A: np.ndarray, B: np.ndarray, train_set: Task, test_set: Task)
 
     states, wanted = features(train_set)
     scale = np.sqrt((states**2).mean(0)) + 1e-12
-    # A little noise of float32's size on each state: what needs more digits than that is no memory.
+    # A little noise on each state: what needs more than four digits of them is no memory.
     damped = np.concatenate([states / scale, 1e-4 * np.sqrt(len(states)) * np.eye(states.shape[1])])
     weights = np.linalg.lstsq(damped, np.concatenate([wanted, np.zeros(states.shape[1])]), rcond=None)[0]
     states, wanted = features(test_set)
