@@ -128,7 +128,13 @@ def _matrices(layer: Mixer, dt: float, channels: Sequence[int] | None) -> list[F
     chosen = list(range(step.width)) if channels is None else list(channels)
     if not all(0 <= channel < step.width for channel in chosen):
         raise ValueError(f"linear_systems(channels={chosen}): {name} has channels 0 to {step.width - 1}")
-    tensors = states.flatten(step.initial(1))
+    initial = step.initial(1)
+    if initial is None:
+        raise ValueError(
+            f"linear_systems: {name} is no system with a state: its outputs depend on steps to come, or on all of the"
+            " past. Look at the layers inside a route one by one; plot_memory is for any causal layer."
+        )
+    tensors = states.flatten(initial)
     axes = {key: [i for i, n in enumerate(x.shape) if i and n == step.width] for key, x in tensors.items()}
     # Channels with states of their own are read all at once, each by its place on an axis as long as there are
     # channels. A wrong guess at that axis does not pass the test of linearity; no axis is for channels that mix.
