@@ -72,7 +72,7 @@ def measured(mixer: Mixer) -> np.ndarray:
 def test_the_system_does_what_the_layer_does(row: Row) -> None:
     mixer = build(row.make)
     if isinstance(mixer, OTHERS):
-        with pytest.raises(ValueError, match="is not a linear time-invariant system|is no system with a state"):
+        with pytest.raises(ValueError, match=r"is not a linear time-invariant system|is no system with a state"):
             linear.linear_systems(mixer)
         return
     try:
