@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.register_assert_rewrite("contract")  # before any test imports it
+
 
 def checks_shapes(config: pytest.Config) -> bool:
     """Whether this run checks shapes and types at run time: all do but `pytest -m compiled`.

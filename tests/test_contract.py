@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("contract")
-
-import contract  # noqa: E402
-from contract import COMBINATIONS, CUTS, ROWS, STEPS, WHOLE, Row  # noqa: E402
-from longstate.mixers import MIXERS  # noqa: E402
-from longstate.routes import ROUTES  # noqa: E402
+import contract
+from contract import COMBINATIONS, CUTS, ROWS, STEPS, WHOLE, Row
+from longstate.mixers import MIXERS
+from longstate.routes import ROUTES
 
 EVERYTHING = "dt start valid"
 STATEFUL = [row for row in ROWS if row.state != "none"]  # the others have nothing to hand on from piece to piece

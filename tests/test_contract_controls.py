@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.register_assert_rewrite("contract")
-
-import contract  # noqa: E402
-from longstate import Mixer, Timeline, ops  # noqa: E402
-from longstate.timeline import zero_where_invalid  # noqa: E402
+import contract
+from longstate import Mixer, Timeline, ops
+from longstate.timeline import zero_where_invalid
 
 
 class ToyState(NamedTuple):
