@@ -15,9 +15,9 @@ import torch
 from scipy.linalg import expm
 from scipy.signal import lsim
 
-from longstate import FFM, S4D, S5, LinOSS, Mixer, Timeline
+from longstate import DSS, FFM, LSSL, S4, S4D, S5, LinOSS, Mixer, Timeline
 from longstate.routes import HiSS
-from mixers.test_time_invariant import channels, complex_
+from mixers.test_time_invariant import channels, complex_, realified
 
 STEPS = 24
 # A, B, C, D with time in nominal steps, and the channels that they serve.
@@ -46,6 +46,39 @@ def oscillators(mixer: LinOSS) -> list[System]:
     return [(A, np.concatenate([force.real, force.imag]), np.concatenate([read.real, -read.imag], 1), D, slice(None))]
 
 
+def low_rank(mixer: S4) -> list[System]:
+    """Return dense real systems: of conjugate modes, Q* x is twice the real part of what the modes kept give."""
+    poles = -mixer.log_A_real.detach().exp().numpy() + 1j * mixer.A_imag.detach().numpy()
+    P, Q, found = complex_(mixer.P), complex_(mixer.P if mixer.Q is None else mixer.Q), []
+    for i, dt in enumerate(mixer.log_dt.detach().exp().numpy()):
+        inputs, outputs = (
+            np.column_stack([complex_(mixer.B)[i], P[i]]),
+            np.vstack([complex_(mixer.C)[i], Q[i].conj().T]),
+        )
+        A, B, C = realified(poles[i], inputs, outputs)
+        A = dt * (A - B[:, 1:] @ C[1:])
+        found.append((A, dt * B[:, :1], C[:1], mixer.D.detach().numpy()[i : i + 1, None], slice(i, i + 1)))
+    return found
+
+
+def matrices(mixer: LSSL) -> list[System]:
+    A, B, C, D, dt = (x.detach().numpy() for x in (mixer.A, mixer.B, mixer.C, mixer.D, mixer.log_dt.exp()))
+    return [
+        (dt[i] * A[i % len(A)], dt[i] * B[i][:, None], C[i][None], D[i : i + 1, None], slice(i, i + 1))
+        for i in range(len(D))
+    ]
+
+
+def weighted_modes(mixer: DSS) -> list[System]:
+    """Return h′ = z h + (z/λ) u with y = Re(W h): of each mode alone, not of a conjugate pair."""
+    eigenvalues, z = (x.detach().numpy() for x in mixer.modes())
+    W, D = complex_(mixer.W), mixer.D.detach().numpy()
+    return [
+        (*realified(z[i], (z[i] / eigenvalues)[:, None], W[i][None] / 2), D[i : i + 1, None], slice(i, i + 1))
+        for i in range(len(D))
+    ]
+
+
 def slow(kind: type, *arguments: object, **options: object) -> Callable[[], Mixer]:
     return lambda: kind(2, *arguments, output="identity", dt_min=0.02, dt_max=0.2, **options).double()
 
@@ -56,6 +89,11 @@ CASES = [
     *(Case(f"s4d {kind} bilinear", slow(S4D, 4, kind, "bilinear"), channels, 2) for kind in ("quad", "real")),
     Case("s5", slow(S5, 8, 2), channels),
     Case("s5 bilinear", slow(S5, 8, discretization="bilinear"), channels, 2),
+    Case("dss exp", slow(DSS, 4), weighted_modes),
+    *(Case(f"s4 {kind}", slow(S4, 6, kind), low_rank, 2) for kind in ("legs", "legt", "mixed")),
+    Case("s4 untied", slow(S4, 4, "fout", False), low_rank, 2),
+    Case("lssl", slow(LSSL, 4), matrices, 2),
+    Case("lssl backward", slow(LSSL, 4, "legt", False, 1.0), matrices, 1),
     Case("linoss im", slow(LinOSS, 3), oscillators, 1),
     Case("linoss imex", slow(LinOSS, 3, "imex"), oscillators, 1),
 ]
