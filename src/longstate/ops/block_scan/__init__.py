@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..._shapes import Bool, Inexact, Tensor
 from ...timeline import Timeline
-from .._register import at_least_float32, call, choose, define, expect, register
+from .._register import at_least_float32, call, choose, expect
+from ..scan._autograd import register_recurrence
 from . import chunked, reference
 
 
@@ -63,47 +62,6 @@ def block_scan(
     return h.to(output), final
 
 
-def _fake(
-    a: Tensor, b: Tensor, initial: Tensor | None, start: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b), b.new_empty(b.shape[0], *b.shape[2:])
-
-
-def _fake_backward(grad: Tensor, grad_final: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(grad), torch.empty_like(grad_final)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, *others, ctx.backend = inputs
-    ctx.save_for_backward(a, *others, output[0])
-
-
-def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    given = (grad, grad_final, *saved)
-    if torch.is_grad_enabled():  # these gradients are to be differentiated
-
-        def states(a: Tensor, b: Tensor) -> Tensor:
-            return torch.ops.longstate.block_scan(a, b, None, None, None, ctx.backend)[0]
-
-        grad_a, grad_b, grad_initial = chunked.block_scan_backward(*given, states=states)
-    else:
-        grad_a, grad_b, grad_initial = torch.ops.longstate.block_scan_backward(*given, ctx.backend)
-    return grad_a, grad_b, None if saved[1] is None else grad_initial, None, None, None
-
-
-register(
-    "block_scan",
-    "Tensor a, Tensor b, Tensor? initial, Tensor? start, Tensor? valid -> (Tensor, Tensor)",
-    forward={"chunked": chunked.block_scan},
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-define(
-    "block_scan_backward",
-    "Tensor grad, Tensor grad_final, Tensor a, Tensor? initial, Tensor? start, Tensor? valid, Tensor h"
-    " -> (Tensor, Tensor, Tensor)",
-    {"chunked": chunked.block_scan_backward},
-    _fake_backward,
+register_recurrence(
+    "block_scan", {"chunked": chunked.block_scan}, {"chunked": chunked.block_scan_backward}, chunked.block_scan_backward
 )

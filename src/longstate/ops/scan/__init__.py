@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..._shapes import Bool, Inexact, Tensor
 from ...timeline import Timeline
-from .._register import at_least_float32, call, choose, define, expect, register, with_kernel
+from .._register import at_least_float32, call, choose, expect, with_kernel
 from . import chunked, cpu, reference
+from ._autograd import register_recurrence
 
 
 def scan(
@@ -91,47 +90,9 @@ def scan_decay(
     return chunked.masked(a, a, *Timeline(None, start, valid).expand(*a.shape[:2])[1:])[0].prod(1)
 
 
-def _fake(
-    a: Tensor, b: Tensor, initial: Tensor | None, start: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b), b.new_empty(b.shape[0], *b.shape[2:], dtype=at_least_float32(b))
-
-
-def _fake_backward(grad: Tensor, grad_final: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(grad), torch.empty_like(grad_final)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, *others, ctx.backend = inputs
-    ctx.save_for_backward(a, *others, output[0])
-
-
-def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    given = (grad, grad_final, *saved)
-    if torch.is_grad_enabled():  # these gradients are to be differentiated: a kernel's could not be
-
-        def states(a: Tensor, b: Tensor) -> Tensor:
-            return torch.ops.longstate.scan(a, b, None, None, None, ctx.backend)[0]
-
-        grad_a, grad_b, grad_initial = chunked.scan_backward(*given, states=states)
-    else:
-        grad_a, grad_b, grad_initial = torch.ops.longstate.scan_backward(*given, ctx.backend)
-    return grad_a, grad_b, None if saved[1] is None else grad_initial, None, None, None
-
-
-register(
+register_recurrence(
     "scan",
-    "Tensor a, Tensor b, Tensor? initial, Tensor? start, Tensor? valid -> (Tensor, Tensor)",
-    forward=with_kernel(cpu.scan, chunked.scan),
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-define(
-    "scan_backward",
-    "Tensor grad, Tensor grad_final, Tensor a, Tensor? initial, Tensor? start, Tensor? valid, Tensor h"
-    " -> (Tensor, Tensor, Tensor)",
+    with_kernel(cpu.scan, chunked.scan),
     with_kernel(cpu.scan_backward, chunked.scan_backward),
-    _fake_backward,
+    chunked.scan_backward,
 )
