@@ -40,8 +40,9 @@ demo: $(VENV)/.installed-train
 	@printf 'The two answers are equal. Model, losses and plot (loss.png) are in $(DEMO).\n'
 
 test: lint docs
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not compiled and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not compiled and not interpreted and not slow"
 	$(BIN)/python -m pytest -n $(WORKERS) -m compiled
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpreted
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,12 +11,15 @@ import torch
 pytest.register_assert_rewrite("contract")  # before any test imports it
 
 
-def checks_shapes(config: pytest.Config) -> bool:
-    """Whether this run checks shapes and types at run time: all do but `pytest -m compiled`.
+APART = ("compiled", "interpreted")
 
-    The checks wrap every function of the package, and torch.compile and torch.export do not trace through the wrapping.
+
+def checks_shapes(config: pytest.Config) -> bool:
+    """Whether this run checks shapes and types at run time: all do but those of what needs a run of its own.
+
+    The checks wrap every function of the package, and neither torch.compile nor Triton reads through the wrapping.
     """
-    return config.option.markexpr.strip() != "compiled"
+    return config.option.markexpr.strip() not in APART
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,8 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what cannot work beside the run-time checks, saying how to run it."""
     if checks_shapes(config):
         for item in items:
-            if item.get_closest_marker("compiled"):
-                item.add_marker(pytest.mark.skip(reason="needs a run of its own: pytest -m compiled"))
+            for name in APART:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"needs a run of its own: pytest -m {name}"))
 
 
 @pytest.fixture(autouse=True)

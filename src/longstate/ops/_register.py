@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from .. import native
 from .._errors import nearest
 from .._shapes import Tensor
+from . import _triton
 
 _LIBRARY = torch.library.Library("longstate", "DEF")
 _LOGGER = logging.getLogger("longstate.ops")
@@ -24,20 +25,27 @@ _FORWARD: dict[str, dict[str, Callable[..., Any]]] = {}
 # Why the compiled backends of the house are not there. A backend that exists is registered with its op instead.
 _ABSENT = {
     "cpu": native.reason or "this op has no compiled kernel",
-    "triton": "this build has no Triton kernels",
+    "triton": _triton.reason or "this op has no Triton kernel",
 }
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Return, for each op, what each backend is doing: "in use", "on request", or why it is not available."""
+    """Return, for each op, what each backend is doing: "in use" (where it takes the arguments), "on request", or why it
+    is not available."""
     return {
         op: {
-            "reference": "on request" if names else "in use",
-            **{name: "in use" if name == names[0] else "on request" for name in names},
+            "reference": "on request" if set(names) - {"triton"} else "in use",
+            **{name: _doing(name, names) for name in names},
             **{name: f"not available: {why}" for name, why in _ABSENT.items() if name not in names},
         }
         for op, names in _BACKENDS.items()
     }
+
+
+def _doing(name: str, names: tuple[str, ...]) -> str:
+    if name == "triton":
+        return "in use on GPUs"
+    return "in use" if name == next(x for x in names if x != "triton") else "on request"
 
 
 def register(
@@ -144,10 +152,13 @@ def _each(function: Callable[[Tensor], Tensor], results: Any) -> Any:
 
 
 def with_kernel(
-    kernel: Callable[..., Any], portable: Callable[..., Any] | None = None
+    kernel: Callable[..., Any], portable: Callable[..., Any] | None = None, triton: str = ""
 ) -> dict[str, Callable[..., Any]]:
-    """Return the backends of an op: its compiled kernel, if there are any, and a portable form that takes the same."""
+    """Return the backends of an op: its compiled kernel, if there are any; that of its folder's ``triton.py`` (written
+    "folder.function"), if such can run; and a portable form that takes the same."""
     backends = {} if native.kernels is None else {"cpu": kernel}
+    if triton:
+        backends |= _triton.backend(*triton.split("."))
     return backends if portable is None else {**backends, "chunked": portable}
 
 

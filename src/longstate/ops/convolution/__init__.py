@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, silu
 
-from ... import native
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Compaction, Timeline, segments, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, expect, register
-from . import chunked, cpu, reference
+from .. import _triton
+from .._register import at_least_float32, call, choose, define, expect, register, with_kernel
+from . import _fused, chunked, cpu, reference
 
 __all__ = ["long", "short"]
 
@@ -53,8 +53,9 @@ def short(
     _check("short_convolution", u, weight, bias, initial)
     if start is not None or valid is not None:
         _, start, valid = Timeline(None, start, valid).expand(*u.shape[:2])
-    backend = choose("short_convolution", backend, {"cpu": cpu.refusal(u, weight, bias)})
-    if backend != "cpu":
+    refusals = {"cpu": cpu.refusal(u, weight, bias), "triton": _triton.refusal(u, weight, bias)}
+    backend = choose("short_convolution", backend, refusals)
+    if backend not in ("cpu", "triton"):
         return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, backend)
     if initial is not None and initial.dtype != u.dtype:
         initial = initial.to(u.dtype)
@@ -198,5 +199,8 @@ def _by_reference(
     return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, "reference")
 
 
-if native.kernels is not None:
-    cpu.register_kernel(_by_reference)
+_fused.register_kernel(
+    with_kernel(cpu.short, triton="convolution.short"),
+    with_kernel(cpu.short_backward, triton="convolution.short_backward"),
+    _by_reference,
+)

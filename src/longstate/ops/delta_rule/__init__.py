@@ -8,6 +8,7 @@ import torch
 
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
+from .. import _triton
 from .._register import (
     at_least_float32,
     call,
@@ -19,7 +20,7 @@ from .._register import (
     register,
     with_kernel,
 )
-from ..linear_attention import cpu
+from ..linear_attention import _fused, cpu
 from . import chunked, reference
 
 
@@ -83,9 +84,9 @@ def delta_rule(
         q, k, v, beta = (zero_where_invalid(x, valid) for x in (q, k, v, beta))
         log_decay = None if log_decay is None else zero_where_invalid(log_decay, valid)
     given = (q, k, v, log_decay, initial, beta)
-    backend = choose("delta_rule", backend, {"cpu": cpu.refusal(*given)})
-    if backend == "cpu":
-        around = (None, start, True, differentiated(*given))
+    backend = choose("delta_rule", backend, {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)})
+    if backend in _fused.KEEP:
+        around = (None, start, True, _fused.KEEP[backend] if differentiated(*given) else 0)
         y, final, _ = call("written_linear_attention", *given, *around, backend=backend)
         return y, final
     dtype = at_least_float32(*(x for x in given if x is not None))
@@ -150,4 +151,4 @@ define(
     {"chunked": chunked.delta_rule_backward},
     _fake_backward,
 )
-list_backends("delta_rule", with_kernel(cpu.linear_attention, chunked.delta_rule))
+list_backends("delta_rule", with_kernel(cpu.linear_attention, chunked.delta_rule, "linear_attention.linear_attention"))

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ... import native
 from ..._shapes import Bool, Float, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, differentiated, expect, register
-from . import chunked, cpu, reference
+from .. import _triton
+from .._register import at_least_float32, call, choose, define, differentiated, expect, register, with_kernel
+from . import _fused, chunked, cpu, reference
 
 
 def linear_attention(
@@ -77,9 +77,11 @@ def linear_attention(
         if log_decay is not None:
             log_decay = zero_where_invalid(log_decay.expand(steps) if log_decay.ndim == 1 else log_decay, valid)
     given = (q, k, v, log_decay, initial, dt, D)
-    backend = choose("linear_attention", backend, {"cpu": cpu.refusal(*given)})
-    if backend == "cpu":
-        y, final, _ = call("written_linear_attention", *given, start, False, differentiated(*given), backend=backend)
+    refusals = {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)}
+    backend = choose("linear_attention", backend, refusals)
+    if backend in _fused.KEEP:
+        keep = _fused.KEEP[backend] if differentiated(*given) else 0
+        y, final, _ = call("written_linear_attention", *given, start, False, keep, backend=backend)
         return y, final
     y, final = _composed(*given, start, backend)
     return y.to(v.dtype), final
@@ -189,5 +191,7 @@ define(
     _fake_backward,
 )
 
-if native.kernels is not None:
-    cpu.register_kernel()
+_fused.register_kernel(
+    with_kernel(cpu.linear_attention, triton="linear_attention.linear_attention"),
+    with_kernel(cpu.linear_attention_backward, triton="linear_attention.linear_attention_backward"),
+)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ... import native
 from ..._shapes import Tensor
-from .._register import define, register
 
 TILE = 128  # steps between the states that the backward pass starts from; they take k/128 of the memory of v
 
@@ -28,12 +25,12 @@ def linear_attention(
     D: Tensor | None,
     start: Tensor | None,
     erases: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
 
     If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
-    states around tiles are for the backward pass: none are returned unless asked to ``keep`` them.
+    states around tiles are for the backward pass, one every ``keep`` steps (``TILE`` here); none where it is 0.
     """
     assert native.kernels is not None
     given = _Given(q, k, v, log_decay, initial, dt, D, start, erases)
@@ -55,6 +52,7 @@ def linear_attention_backward(
     start: Tensor | None,
     kept: Tensor,
     erases: bool,
+    keep: int,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, log_decay, the initial state, dt and D; empty ones where there is none."""
     assert native.kernels is not None
@@ -144,65 +142,3 @@ class _Given:
         q, k, v, log_decay, dt = self.rows
         rows = (*_rows(q), *_rows(k), *_rows(v), *_rows(log_decay), *_rows(dt), *native.vector(self.D))
         return *self.sizes, *rows, native.address(self.initial), native.address(self.start)
-
-
-def register_kernel() -> None:
-    """Register the op of the kernel, which computes ``linear_attention`` with Δ and D."""
-    tensors, around = "Tensor q, Tensor k, Tensor v, Tensor? log_decay", "Tensor? dt, Tensor? D, Tensor? start"
-    register(
-        "written_linear_attention",
-        f"{tensors}, Tensor? initial, {around}, bool erases, bool keep -> (Tensor, Tensor, Tensor)",
-        forward={"cpu": linear_attention},
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward,
-        computes="linear_attention",
-    )
-    define(
-        "written_linear_attention_backward",
-        f"Tensor grad, Tensor? grad_final, {tensors}, {around}, Tensor kept, bool erases"
-        f" -> ({', '.join(['Tensor'] * 7)})",
-        {"cpu": linear_attention_backward},
-        _fake_backward,
-    )
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    final = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    # One more than tiles: tracing makes a promise about an axis that could have one entry.
-    tiles = (v.shape[1] + TILE - 1) // TILE + 1
-    return torch.empty_like(v), final, final.new_empty(tiles, *final.shape) if rest[-1] else final.new_empty(0)
-
-
-def _fake_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    dt: Tensor | None,
-    D: Tensor | None,
-    start: Tensor | None,
-    kept: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    wanted = (q, k, v, log_decay, kept[0], dt, D)
-    return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.erases, _, ctx.backend = inputs
-    ctx.initial = tensors.pop(4) is not None
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    if grad is None:
-        grad = torch.zeros_like(saved[2])
-    gradients = torch.ops.longstate.written_linear_attention_backward(grad, grad_final, *saved, ctx.erases, ctx.backend)
-    _, _, _, log_decay, dt, D, *_ = saved
-    there = (True, True, True, log_decay is not None, ctx.initial, dt is not None, D is not None)
-    return *(x if given else None for x, given in zip(gradients, there, strict=True)), None, None, None, None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..._shapes import Float, Tensor
+from .. import _triton
 from .._register import call, choose, define, expect, register, twice, with_kernel
 from . import cpu, reference
 
@@ -55,7 +56,9 @@ def rms_norm(
         expect("rms_norm", "weight", weight, (width,))
     if gate is not None:
         expect("rms_norm", "gate", gate, x.shape)
-    backend = choose("rms_norm", backend, {"cpu": cpu.refusal(x, weight, gate)})
+    backend = choose(
+        "rms_norm", backend, {"cpu": cpu.refusal(x, weight, gate), "triton": _triton.refusal(x, weight, gate)}
+    )
     if backend == "reference":
         return reference.rms_norm(x, weight, gate, eps, groups, offset, norm_before_gate)
     y: Tensor = call("rms_norm", x, weight, gate, eps, groups, offset, norm_before_gate, backend=backend)
@@ -67,7 +70,7 @@ def _fake(x: Tensor, weight: Tensor | None, *_: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(0) if y is None else torch.empty_like(y) for y in (x, weight, gate))
+    return tuple(x.new_empty(0) if y is None else torch.empty_like(y) for y in (x, weight, gate))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,7 +91,7 @@ _SCHEMA = "Tensor x, Tensor? weight, Tensor? gate, float eps, int groups, float 
 register(
     "rms_norm",
     f"{_SCHEMA} -> Tensor",
-    forward=with_kernel(cpu.rms_norm),
+    forward=with_kernel(cpu.rms_norm, triton="norm.rms_norm"),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -96,6 +99,6 @@ register(
 define(
     "rms_norm_backward",
     f"Tensor grad, {_SCHEMA} -> (Tensor, Tensor, Tensor)",
-    with_kernel(cpu.rms_norm_backward),
+    with_kernel(cpu.rms_norm_backward, triton="norm.rms_norm_backward"),
     _fake_backward,
 )

@@ -6,6 +6,7 @@ import torch
 
 from ..._shapes import Bool, Inexact, Tensor
 from ...timeline import Timeline
+from .. import _triton
 from .._register import at_least_float32, call, choose, expect, with_kernel
 from . import chunked, cpu, reference
 from ._autograd import register_recurrence
@@ -50,8 +51,10 @@ def scan(
         output = torch.promote_types(b.dtype, torch.complex32)
     if start is not None or valid is not None:
         _, start, valid = Timeline(None, start, valid).expand(*b.shape[:2])
-    backend = choose("scan", backend, {"cpu": cpu.refusal(a, b, dtype)})
-    if backend != "cpu" or dtype.is_complex:
+    types = (*_triton.TYPES, torch.complex64)
+    refusals = {"cpu": cpu.refusal(a, b, dtype), "triton": _triton.refusal(a, b, initial, types=types)}
+    backend = choose("scan", backend, refusals)
+    if backend not in ("cpu", "triton") or dtype.is_complex:
         a, b = a.to(dtype), b.to(dtype)
     if initial is not None:
         initial = initial.to(dtype)
@@ -92,7 +95,7 @@ def scan_decay(
 
 register_recurrence(
     "scan",
-    with_kernel(cpu.scan, chunked.scan),
-    with_kernel(cpu.scan_backward, chunked.scan_backward),
+    with_kernel(cpu.scan, chunked.scan, "scan.scan"),
+    with_kernel(cpu.scan_backward, chunked.scan_backward, "scan.scan_backward"),
     chunked.scan_backward,
 )

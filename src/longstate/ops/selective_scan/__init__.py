@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch.nn.functional import silu, softplus
 
-from ... import native
 from ..._errors import check_choice
 from ..._shapes import Bool, Float, Inexact, Tensor
 from ...timeline import Timeline, zero_where_invalid
-from .._register import at_least_float32, call, choose, define, differentiated, expect, real_of, register
-from . import chunked, cpu, reference
+from .._register import (
+    at_least_float32,
+    call,
+    choose,
+    define,
+    differentiated,
+    expect,
+    real_of,
+    register,
+    with_kernel,
+)
+from . import _fused, chunked, cpu, reference
 from .discretization import RULES, coefficients
 
 
@@ -89,9 +98,9 @@ def selective_scan(
         gate = None if gate is None else zero_where_invalid(gate, valid)
         elapsed = valid.to(dt.dtype) if elapsed is None else zero_where_invalid(elapsed, valid)
     given = (u, dt, A, B, C, D, initial, gate, dt_bias, elapsed)
-    backend = choose("selective_scan", backend, {"cpu": cpu.refusal(discretization, *given)})
-    if backend == "cpu":
-        flags = (dt_softplus, log_A, differentiated(*given))
+    backend = choose("selective_scan", backend, _fused.refusals(discretization, *given))
+    if backend in _fused.KEEP:
+        flags = (dt_softplus, log_A, _fused.KEEP[backend] if differentiated(*given) else 0)
         y, final, _ = call("gated_selective_scan", *given, start, *flags, backend=backend)
     else:
         y, final = _composed(*given, start, dt_softplus, log_A, discretization, backend)
@@ -212,5 +221,7 @@ define(
     _fake_backward,
 )
 
-if native.kernels is not None:
-    cpu.register_kernel()
+_fused.register_kernel(
+    with_kernel(cpu.selective_scan, triton="selective_scan.selective_scan"),
+    with_kernel(cpu.selective_scan_backward, triton="selective_scan.selective_scan_backward"),
+)

@@ -3,25 +3,17 @@ which the backward pass starts from."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ... import native
 from ..._shapes import Tensor
-from .._register import define, register
 
 TILE = 32  # steps between states that are kept, and that the kernel takes at a time
 
 
-def refusal(discretization: str, *tensors: Tensor | None) -> str:
+def refusal(*tensors: Tensor | None) -> str:
     """Return why the kernel does not take such arguments; "" if it does."""
-    if not native.takes(*tensors):
-        return "its kernel takes float32 and bfloat16 on the CPU"
-    _, _, _, B, C, *_ = tensors
-    if discretization != "zoh-euler" or B is None or B.ndim != 3 or C is None or C.ndim != 3:
-        return 'its kernel has the rule "zoh-euler", with B and C for each step'
-    return ""
+    return "" if native.takes(*tensors) else "its kernel takes float32 and bfloat16 on the CPU"
 
 
 def selective_scan(
@@ -38,11 +30,11 @@ def selective_scan(
     start: Tensor | None,
     dt_softplus: bool,
     log_A: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the states before the tiles ``[j+1 b d n]``.
+    """Return outputs ``[b t d]``, the final state ``[b d n]`` and the states before tiles of steps ``[j+1 b d n]``.
 
-    The last are for the backward pass: none are returned unless asked to ``keep`` them.
+    The last are for the backward pass, one every ``keep`` steps (``TILE`` here); none where it is 0.
     """
     assert native.kernels is not None
     batch, length, width = u.shape
@@ -74,6 +66,7 @@ def selective_scan_backward(
     kept: Tensor,
     dt_softplus: bool,
     log_A: bool,
+    keep: int,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, dt, A, B, C, D, the initial state, gate, dt_bias and elapsed; empty ones where there
     is none."""
@@ -152,71 +145,3 @@ class _Given:
             *(number for x in self.vectors for number in native.vector(x)),
             *map(native.address, (*self.singles, self.start)),
         ]
-
-
-def register_kernel() -> None:
-    """Register the op of the kernel, which computes ``selective_scan`` and what stands around it."""
-    tensors = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D"
-    around = "Tensor? gate, Tensor? dt_bias, Tensor? elapsed, Tensor? start"
-    flags = "bool dt_softplus, bool log_A"
-    register(
-        "gated_selective_scan",
-        f"{tensors}, Tensor? initial, {around}, {flags}, bool keep -> (Tensor, Tensor, Tensor)",
-        forward={"cpu": selective_scan},
-        fake=_fake,
-        setup_context=_setup_context,
-        backward=_backward,
-        computes="selective_scan",
-    )
-    define(
-        "gated_selective_scan_backward",
-        f"Tensor grad, Tensor? grad_final, {tensors}, {around}, Tensor kept, {flags} -> ({', '.join(['Tensor'] * 10)})",
-        {"cpu": selective_scan_backward},
-        _fake_backward,
-    )
-
-
-def _fake(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    final = A.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
-    # One more than tiles: tracing makes a promise about an axis that could have one entry.
-    tiles = (u.shape[1] + TILE - 1) // TILE + 1
-    return torch.empty_like(u), final, final.new_empty(tiles, *final.shape) if rest[-1] else final.new_empty(0)
-
-
-def _fake_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    gate: Tensor | None,
-    dt_bias: Tensor | None,
-    elapsed: Tensor | None,
-    start: Tensor | None,
-    kept: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    wanted = (u, dt, A, B, C, D, kept[0], gate, dt_bias, elapsed)
-    return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.dt_softplus, ctx.log_A, _, ctx.backend = inputs
-    ctx.initial = tensors.pop(6) is not None
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(saved[0])
-    gradients = torch.ops.longstate.gated_selective_scan_backward(
-        grad, grad_final, *saved, ctx.dt_softplus, ctx.log_A, ctx.backend
-    )
-    _, _, _, _, _, D, gate, dt_bias, elapsed, *_ = saved
-    there = (True,) * 5 + (D is not None, ctx.initial) + tuple(x is not None for x in (gate, dt_bias, elapsed))
-    return (*(x if given else None for x, given in zip(gradients, there, strict=True)), *[None] * 5)

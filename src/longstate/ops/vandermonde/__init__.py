@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..._shapes import Float, Inexact, Tensor
+from .. import _triton
 from .._register import at_least_float32, call, choose, define, real_of, register, with_kernel
 from . import chunked, cpu, reference
 
@@ -54,8 +55,11 @@ def vandermonde(
         dtype = torch.promote_types(dtype, torch.complex32)
     log_base = log_base.to(torch.complex128 if dtype.is_complex else torch.float64)
     weights = weights.to(dtype)
-    refusal = "" if weights.device.type == "cpu" else "its kernel computes on the CPU"
-    backend = choose("vandermonde", backend, {"cpu": refusal})
+    refusals = {
+        "cpu": "" if weights.is_cpu else "its kernel computes on the CPU",
+        "triton": _triton.refusal(weights.real if weights.is_complex() else weights),
+    }
+    backend = choose("vandermonde", backend, refusals)
     if backend == "reference":
         return reference.vandermonde(weights, log_base, length).to(real_of(dtype))
     return call("vandermonde", weights, log_base, length, backend=backend)
@@ -83,7 +87,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 register(
     "vandermonde",
     "Tensor weights, Tensor log_base, SymInt length -> Tensor",
-    forward=with_kernel(cpu.vandermonde, chunked.vandermonde),
+    forward=with_kernel(cpu.vandermonde, chunked.vandermonde, "vandermonde.vandermonde"),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -91,6 +95,6 @@ register(
 define(
     "vandermonde_backward",
     "Tensor grad, Tensor weights, Tensor log_base -> (Tensor, Tensor)",
-    with_kernel(cpu.vandermonde_backward, chunked.vandermonde_backward),
+    with_kernel(cpu.vandermonde_backward, chunked.vandermonde_backward, "vandermonde.vandermonde_backward"),
     _fake_backward,
 )
