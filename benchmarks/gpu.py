@@ -1,0 +1,420 @@
+"""Speed on a GPU: every kernel beside its floor and its peers, decoding, and training; prints Markdown.
+
+    python benchmarks/gpu.py [--only kernels,decode,train,attention] [--ops scan,…] [--repeats 20] [--quick]
+
+Peers, as far as they are installed: fla-core (pip install fla-core), mamba-ssm, causal-conv1d, transformers. First the
+ceilings of the machine are measured: a copy of 4 GiB (bytes read and written) and a product of 8192 × 8192 matrices in
+bfloat16. Then each kernel is checked against the same op in float64 (another algorithm) on fresh random numbers, in
+memory that is filled with not-a-number beforehand, outputs and all gradients, and timed in bfloat16: by events around
+the replay of a CUDA graph, so that nothing of Python is measured, after the caches have been written over; medians of
+the repeats. The floor is the longer of two times: that of its bytes, each input read and each output written once, at
+the speed of the copy, and that of its products at the speed of the matrix product. --quick takes few small shapes, also
+on a CPU in Triton's interpreter (TRITON_INTERPRET=1), where figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from measure import table
+from torch import Tensor
+from torch.nn import functional
+
+from longstate import ops
+
+PEERS = ("fla-core", "mamba-ssm", "causal-conv1d", "transformers", "triton")
+
+
+class Machine(NamedTuple):
+    """Where is measured, how fast it copies (bytes/s) and multiplies (operations/s), and how often is measured."""
+
+    device: torch.device
+    copies: float
+    multiplies: float
+    repeats: int
+    quick: bool
+
+
+class Problem(NamedTuple):
+    """One op on one shape.
+
+    Attributes:
+        shape: In words.
+        call: Computes (y, …) from the tensors below.
+        given: Tensors in bfloat16 or float32, of which gradients are taken.
+        products: Operations of matrix products that the recurrence itself has, forward and backward.
+        peers: The same by other libraries, from the same tensors.
+    """
+
+    shape: str
+    call: Callable[..., Any]
+    given: dict[str, Tensor]
+    products: tuple[float, float]
+    peers: dict[str, Callable[..., Any]]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill memory that torch hands out uninitialised with not-a-number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def seconds(machine: Machine, call: Callable[[], Any]) -> tuple[float, str]:
+    """Return the median time of a call, and "" or why it is not that of a graph."""
+    if machine.device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin, "no GPU"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and lets peers choose among their configurations
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    run, why = call, ""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        run = graph.replay
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        why = f"not captured: {str(error).splitlines()[0]:.60}"
+    cache = torch.empty(1 << 28, dtype=torch.uint8, device=machine.device)
+    times = []
+    for _ in range(machine.repeats):
+        cache.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times), why
+
+
+def ceilings(device: torch.device, repeats: int, quick: bool) -> Machine:
+    """Measure how fast memory is copied and matrices are multiplied."""
+    machine = Machine(device, 1.0, 1.0, repeats, quick)
+    size, side = (1 << 20, 256) if quick else (1 << 31, 8192)
+    x = torch.randn(size // 4, device=device)
+    y = torch.empty_like(x)
+    copy, _ = seconds(machine, lambda: y.copy_(x))
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product, _ = seconds(machine, lambda: a @ b)
+    return machine._replace(copies=2 * size / copy, multiplies=2 * side**3 / product)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------- problems
+
+
+def randn(machine: Machine, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=machine.device, dtype=dtype)
+
+
+def scan(m: Machine, b: int, t: int, d: int) -> Problem:
+    a = torch.rand(b, t, d, device=m.device).mul_(0.2).add_(0.8)
+    return Problem(f"b{b} t{t} d{d}", ops.scan, dict(a=a, b=randn(m, b, t, d, dtype=torch.float32)), (0, 0), {})
+
+
+def selective_scan(m: Machine, b: int, t: int, d: int, n: int = 16) -> Problem:
+    given = {name: randn(m, b, t, d) for name in ("u", "dt", "gate")}
+    given |= {name: randn(m, b, t, n) for name in ("B", "C")}
+    given["A"] = torch.log(1 + torch.arange(n, device=m.device, dtype=torch.float32)).repeat(d, 1)
+    given |= {"D": torch.ones(d, device=m.device), "dt_bias": randn(m, d, dtype=torch.float32) - 4}
+
+    def ours(**x: Tensor) -> Any:
+        return ops.selective_scan(**x, dt_softplus=True, log_A=True)
+
+    def mamba(**x: Tensor) -> Any:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        rows = {name: x[name].mT for name in ("u", "dt", "gate", "B", "C")}
+        u, dt, gate, B, C = rows.values()
+        bias = x["dt_bias"]
+        y = selective_scan_fn(u, dt, -x["A"].exp(), B[:, None], C[:, None], x["D"], gate, bias, delta_softplus=True)
+        return (y.mT,)
+
+    return Problem(f"b{b} t{t} d{d} n{n}", ours, given, (0, 0), {"mamba-ssm": mamba})
+
+
+def linear_attention(m: Machine, kind: str, b: int, t: int, h: int, k: int, p: int, g: int = 0) -> Problem:
+    g = g or h
+    given = dict(q=randn(m, b, t, g, k), k=randn(m, b, t, g, k), v=randn(m, b, t, h, p))
+    given = {name: x / k**0.25 if name in "qk" else x for name, x in given.items()}
+    shapes: dict[str, tuple[int, ...]] = {"none": (), "head": (h,), "step": (b, t, h), "channel": (b, t, h, k)}
+    if kind != "none":
+        given["log_decay"] = -torch.rand(shapes[kind], device=m.device) / 8
+
+    def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Any:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        q, k = (x.repeat_interleave(h // g, 2) for x in (q, k))
+        fixed = dict(g_gamma=log_decay) if kind == "head" else dict(g=log_decay)
+        return chunk_simple_gla(q, k, v, scale=1.0, output_final_state=True, **fixed)
+
+    def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Any:
+        from fla.ops.gla import chunk_gla
+
+        return chunk_gla(q, k, v, log_decay, scale=1.0, output_final_state=True)
+
+    def ssd(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Any:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        # Its decay is Δ A with A for each head: −1, and Δ = −g; it writes Δ v, so that v / Δ comes.
+        dt = -log_decay
+        x = (v / dt[..., None]).to(v.dtype)
+        return (mamba_chunk_scan_combined(x, dt, torch.full((h,), -1.0, device=v.device), k, q, chunk_size=256),)
+
+    peers = {"fla": gla if kind == "channel" else simple_gla} | ({"mamba-ssm": ssd} if kind == "step" else {})
+    work = 2.0 * b * t * h * k * p
+    shape = f"{kind}: b{b} t{t} h{h} k{k} p{p}" + (f" g{g}" if g != h else "")
+    return Problem(shape, ops.linear_attention, given, (2 * work, 5 * work), peers)
+
+
+def delta_rule(m: Machine, kind: str, b: int, t: int, h: int, k: int, p: int) -> Problem:
+    given = linear_attention(m, kind, b, t, h, k, p).given
+    given = {
+        name: functional.normalize(x.float(), dim=-1).bfloat16() if name in "qk" else x for name, x in given.items()
+    }
+    given["beta"] = torch.rand(b, t, h, device=m.device, dtype=torch.bfloat16)
+
+    def fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Any:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.kda import chunk_kda
+
+        if kind == "none":
+            return chunk_delta_rule(q, k, v, beta, scale=1.0, output_final_state=True)
+        by_step = chunk_kda if kind == "channel" else chunk_gated_delta_rule
+        return by_step(q=q, k=k, v=v, g=log_decay, beta=beta, scale=1.0, output_final_state=True)
+
+    work = 2.0 * b * t * h * k * p
+    return Problem(f"{kind}: b{b} t{t} h{h} k{k} p{p}", ops.delta_rule, given, (3 * work, 8 * work), {"fla": fla})
+
+
+def short(m: Machine, b: int, t: int, d: int, taps: int = 4) -> Problem:
+    given = dict(u=randn(m, b, t, d), weight=randn(m, d, taps), bias=randn(m, d))
+
+    def ours(**x: Tensor) -> Any:
+        return ops.convolution.short(**x, activation="silu")
+
+    def causal(u: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        from causal_conv1d import causal_conv1d_fn
+
+        return (causal_conv1d_fn(u.mT, weight, bias, activation="silu").mT,)
+
+    def fla(u: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        return causal_conv1d(u, weight, bias, activation="silu")
+
+    return Problem(f"b{b} t{t} d{d} k{taps}", ours, given, (0, 0), {"causal-conv1d": causal, "fla": fla})
+
+
+def rms_norm(m: Machine, rows: int, d: int, gated: bool) -> Problem:
+    given = dict(x=randn(m, rows, d), weight=randn(m, d)) | ({"gate": randn(m, rows, d)} if gated else {})
+
+    def ours(**x: Tensor) -> Any:
+        return (ops.rms_norm(**x),)
+
+    def torch_(x: Tensor, weight: Tensor) -> Any:
+        return (functional.rms_norm(x, x.shape[-1:], weight, 1e-5),)
+
+    return Problem(f"{'gated: ' if gated else ''}{rows} × {d}", ours, given, (0, 0), {} if gated else {"torch": torch_})
+
+
+def vandermonde(m: Machine, d: int, n: int, length: int) -> Problem:
+    weights = torch.randn(d, n, 2, device=m.device)
+    z = torch.stack([-torch.rand(d, n, device=m.device) / 100, torch.rand(d, n, device=m.device)], -1).double()
+
+    def ours(weights: Tensor, z: Tensor) -> Any:
+        return (ops.vandermonde(torch.view_as_complex(weights), torch.view_as_complex(z), length),)
+
+    return Problem(f"d{d} n{n} l{length}", ours, dict(weights=weights, z=z), (0, 0), {})
+
+
+def problems(m: Machine) -> dict[str, list[Problem]]:
+    """Return the shapes of models of 130M, 1.3B and 7B parameters, in training and with long inputs."""
+    if m.quick:
+        return {
+            "scan": [scan(m, 2, 24, 16)],
+            "selective_scan": [selective_scan(m, 2, 24, 16, 4)],
+            "linear_attention": [linear_attention(m, x, 1, 24, 2, 16, 16) for x in ("none", "head", "step", "channel")],
+            "delta_rule": [delta_rule(m, x, 1, 24, 2, 16, 16) for x in ("none", "step", "channel")],
+            "short": [short(m, 2, 24, 16)],
+            "rms_norm": [rms_norm(m, 24, 64, gated) for gated in (False, True)],
+            "vandermonde": [vandermonde(m, 4, 8, 64)],
+        }
+    lengths = [(8, 2048), (1, 512), (1, 4096), (1, 16384), (1, 131072)]
+    attention = [linear_attention(m, "step", b, t, 24, 128, 64, 1) for b, t in lengths]
+    attention += [
+        linear_attention(m, "step", 2, 4096, 64, 128, 64, 1),
+        linear_attention(m, "step", 1, 4096, 128, 128, 64, 8),
+    ]
+    attention += [linear_attention(m, x, 8, 2048, 8, 128, 128) for x in ("none", "head")]
+    attention += [
+        linear_attention(m, "channel", 8, 2048, 4, 128, 256),
+        linear_attention(m, "channel", 1, 16384, 4, 256, 512),
+    ]
+    delta = [delta_rule(m, x, 8, 2048, 8, 128, 128) for x in ("none", "step", "channel")]
+    delta += [delta_rule(m, x, 1, 16384, 16, 128, 128) for x in ("none", "step", "channel")]
+    return {
+        "scan": [scan(m, 8, 2048, 1536), scan(m, 1, 131072, 2048)],
+        "selective_scan": [selective_scan(m, b, t, 1536) for b, t in lengths] + [selective_scan(m, 2, 4096, 5120)],
+        "linear_attention": attention,
+        "delta_rule": delta,
+        "short": [short(m, 8, 2048, 1792), short(m, 1, 131072, 1792), short(m, 2, 4096, 4352)],
+        "rms_norm": [
+            rms_norm(m, 16384, d, gated) for d, gated in ((768, False), (1536, True), (4096, False), (8192, True))
+        ],
+        "vandermonde": [vandermonde(m, 512, 32, 4096), vandermonde(m, 512, 32, 65536)],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+
+
+def first(result: Any) -> list[Tensor]:
+    """Return what a call gave as a list of tensors."""
+    return [x for x in (result if isinstance(result, tuple | list) else (result,)) if isinstance(x, Tensor)]
+
+
+def gradients(call: Callable[..., Any], given: dict[str, Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of all that was given, for those of the first results."""
+    results = first(call(**given))[: len(grads)]
+    found = torch.autograd.grad(results, list(given.values()), grads, allow_unused=True)
+    return [torch.zeros_like(x) if f is None else f for x, f in zip(given.values(), found, strict=True)]
+
+
+def error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Return the largest difference, relative to the largest number of each tensor; not-a-number if there is one."""
+    return max(
+        float(((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-9)).item())
+        for x, y in zip(found, wanted, strict=True)
+    )
+
+
+def check(problem: Problem) -> tuple[float, float]:
+    """Return the errors of outputs and of gradients against float64."""
+    given = {name: x.detach().requires_grad_() for name, x in problem.given.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in problem.given.items()}
+    truth = first(problem.call(**exact))
+    grads = [torch.randn_like(x).bfloat16() for x in truth]
+    wanted = gradients(problem.call, exact, [g.to(x.dtype) for g, x in zip(grads, truth, strict=True)])
+    with poisoned():
+        found = first(problem.call(**given))
+        slopes = gradients(problem.call, given, [g.to(x.dtype) for g, x in zip(grads, found, strict=True)])
+    return error(found, truth), error(slopes, wanted)
+
+
+def kernels(m: Machine, only: list[str]) -> None:
+    """Check and time every kernel and its peers."""
+    for op, cases in problems(m).items():
+        if only and op not in only:
+            continue
+        rows = []
+        for case in cases:
+            rows += measured(m, case)
+        print(f"### {op}\n")
+        head = ("shape", "", "error", "forward, µs", "of floor", "× ours", "with backward, µs", "of floor", "× ours")
+        table(head, *rows)
+
+
+def measured(m: Machine, case: Problem) -> list[list[str]]:
+    """Return the rows of a problem: ours, then each peer that is installed."""
+    given = {name: x.detach().requires_grad_() for name, x in case.given.items()}
+    outputs = first(case.call(**case.given))
+    read, written = nbytes(*case.given.values()), nbytes(*outputs)
+    # Backward: inputs and the gradients of outputs are read, those of inputs written.
+    floors = [max(read + written, 0) / m.copies, (3 * read + 2 * written) / m.copies]
+    floors = [max(floors[0], case.products[0] / m.multiplies), max(floors[1], sum(case.products) / m.multiplies)]
+    rows, ours = [], [0.0, 0.0]
+    for name, call in {"Longstate": case.call, **case.peers}.items():
+        if name in ("fla", "mamba-ssm", "causal-conv1d") and find_spec(name.replace("-", "_")) is None:
+            continue
+        cells = [case.shape, name]
+        try:
+            cells.append(
+                "{:.1e}, {:.1e}".format(*check(case))
+                if call is case.call
+                else f"{error(first(call(**case.given))[:1], [outputs[0].double()]):.1e}"
+            )
+            grads = [torch.randn_like(x) for x in first(call(**given))[:1]]
+
+            def forward(call: Callable[..., Any] = call) -> None:
+                with torch.no_grad():
+                    call(**case.given)
+
+            def both(call: Callable[..., Any] = call, grads: list[Tensor] = grads) -> None:
+                gradients(call, given, grads)
+
+            for i, run in enumerate((forward, both)):
+                took, why = seconds(m, run)
+                ours[i] = took if call is case.call else ours[i]
+                cells += [f"{took * 1e6:,.0f}{'*' if why else ''}", f"{floors[i] / took:.0%}", f"{took / ours[i]:.2f}"]
+        except Exception as reason:  # a peer that does not run says so in the table, and the rest goes on
+            cells += [f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else '':.80}"]
+            cells += [""] * (9 - len(cells))
+        rows.append(cells)
+    return rows
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="kernels", help="parts, with commas between them")
+    parser.add_argument("--ops", default="", help="ops, with commas between them; all if left out")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.quick:
+        sys.exit(
+            "There is no GPU. --quick shows on a CPU that the script runs (with TRITON_INTERPRET=1, the kernels too)."
+        )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    print(f"{name}; torch {torch.__version__}; " + ", ".join(f"{x} {installed(x)}" for x in PEERS))
+    machine = ceilings(device, arguments.repeats, arguments.quick)
+    print(
+        f"copy {machine.copies / 1e12:.2f} TB/s, bfloat16 product {machine.multiplies / 1e12:.0f} TFLOP/s.\n",
+        flush=True,
+    )
+    torch.manual_seed(int(time.time()))  # fresh numbers every time
+    parts = {"kernels": lambda: kernels(machine, [x for x in arguments.ops.split(",") if x])}
+    for part in arguments.only.split(","):
+        if part not in parts:
+            parser.error(f"--only: there is no part {part!r}; there are {', '.join(parts)}")
+        parts[part]()
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+if __name__ == "__main__":
+    main()
