@@ -20,16 +20,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from measure import table
+from measure import table, weight_bytes
 from torch import Tensor
 from torch.nn import functional
 
-from longstate import ops
+from longstate import LanguageModel, ops
+from longstate import state as states
+from longstate.models.captured import CapturedStep
 
 PEERS = ("fla-core", "mamba-ssm", "causal-conv1d", "transformers", "triton")
 
@@ -381,10 +384,125 @@ def measured(m: Machine, case: Problem) -> list[list[str]]:
     return rows
 
 
+def model(name: str, size: str, device: torch.device) -> LanguageModel:
+    """Return a Mamba or Mamba-2 of random weights in bfloat16, of a published shape."""
+    layers, width = {"130M": (24, 768), "1.3B": (48, 2048), "quick": (2, 64)}[size]
+    mixer = {"mamba": {"mixer": "mamba"}, "mamba2": {"mixer": "mamba2", "d_state": 128, "head_dim": 64}}[name]
+    with device:
+        built = LanguageModel(50280, width, [mixer] * layers, pad_vocab_size_multiple=16)
+    return built.to(torch.bfloat16)
+
+
+def in_transformers(name: str, size: str, device: torch.device) -> torch.nn.Module:
+    """Return the same model of transformers, with other random weights."""
+    import transformers
+
+    layers, width = {"130M": (24, 768), "1.3B": (48, 2048), "quick": (2, 64)}[size]
+    shared = dict(vocab_size=50280, hidden_size=width, num_hidden_layers=layers, tie_word_embeddings=True)
+    if name == "mamba":
+        config, kind = transformers.MambaConfig(**shared, state_size=16), transformers.MambaForCausalLM
+    else:
+        heads = dict(num_heads=2 * width // 64, head_dim=64, n_groups=1, state_size=128)
+        config, kind = transformers.Mamba2Config(**shared, **heads), transformers.Mamba2ForCausalLM
+    with device:
+        built = kind(config)
+    return built.to(torch.bfloat16)
+
+
+def decode(m: Machine) -> None:
+    """Time one token of each of a batch of sequences, after a prompt of one token."""
+    rows = []
+    size = "quick" if m.quick else "1.3B"
+    with torch.no_grad():
+        ours = model("mamba2", size, m.device).eval()
+        weights = weight_bytes(ours)
+        for batch in (1, 2) if m.quick else (1, 16, 64, 256):
+            token = torch.randint(50280, (batch,), device=m.device)
+            step = CapturedStep(ours, batch)
+            step(token)
+            run = step._graph.replay if step._graph is not None else partial(step, token)
+            took = statistics.median(tokens(m, run))
+            floor = (weights + 2 * states.nbytes(step._state)) / m.copies
+            rows.append((batch, "Longstate", f"{1e6 * took:,.0f}", f"{floor / took:.0%}", f"{batch / took:,.0f}"))
+        del ours, step
+        if find_spec("transformers") is not None:
+            peer = in_transformers("mamba2", size, m.device).eval()
+            for batch in (1, 2) if m.quick else (1, 64):
+                token = torch.randint(50280, (batch, 1), device=m.device)
+                cache = peer(token, use_cache=True).cache_params
+                at = torch.ones(1, dtype=torch.int64, device=m.device)
+                try:
+                    peer(token, cache_params=cache, use_cache=True)
+                    options: dict[str, Any] = {}
+                except ValueError:  # older releases ask for the place
+                    options = {"cache_position": at}
+                run = partial(peer, token, cache_params=cache, use_cache=True, **options)
+                took = statistics.median(tokens(m, run))
+                rows.append((batch, "transformers", f"{1e6 * took:,.0f}", "", f"{batch / took:,.0f}"))
+    print(f"### Decoding, Mamba-2 of {size}: {weights / 1e9:.2f} GB of weights\n")
+    table(("sequences", "", "µs a step", "of the speed of memory", "tokens/s"), *rows)
+
+
+def tokens(m: Machine, run: Callable[[], Any], count: int = 32) -> list[float]:
+    """Return the seconds of a step in each of some series of steps."""
+    times = []
+    for i in range(-1, m.repeats if not m.quick else 1):
+        begin = time.perf_counter()
+        for _ in range(count if not m.quick else 2):
+            run()
+        if m.device.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= 0:
+            times.append((time.perf_counter() - begin) / (count if not m.quick else 2))
+    return times
+
+
+def train(m: Machine) -> None:
+    """Time a training step: forward, backward and AdamW, of 8 sequences of 2,048 tokens."""
+    rows = []
+    size, shape = ("quick", (2, 32)) if m.quick else ("130M", (8, 2048))
+    batch = torch.randint(50280, (shape[0], shape[1] + 1), device=m.device)
+    for name in ("mamba", "mamba2"):
+        for side in ("Longstate", "transformers"):
+            if side == "transformers" and find_spec("transformers") is None:
+                continue
+            built = (model if side == "Longstate" else in_transformers)(name, size, m.device).train()
+            optimizer = torch.optim.AdamW(built.parameters(), 1e-4, fused=m.device.type == "cuda")
+
+            def step(built: Any = built, side: str = side, optimizer: Any = optimizer) -> None:
+                inputs, targets = batch[:, :-1], batch[:, 1:]
+                logits = built(inputs)[0] if side == "Longstate" else built(inputs, use_cache=False).logits
+                functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            took = statistics.median(tokens(m, step, 4))
+            work = 6 * sum(p.numel() for p in built.parameters()) * shape[0] * shape[1]
+            rows.append((name, side, f"{1e3 * took:.1f}", f"{work / took / m.multiplies:.1%}"))
+            del built, optimizer, step
+    print(f"### A training step, {size}, {shape[0]} × {shape[1]:,} tokens, bfloat16\n")
+    table(("model", "", "ms", "of 6 · parameters · tokens at the speed of products"), *rows)
+
+
+def attention(m: Machine) -> None:
+    """Time linear attention as Mamba-2 has it beside causal softmax attention of the same width, forward."""
+    rows = []
+    for length in (32, 64) if m.quick else (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
+        case = linear_attention(m, "step", 1, length, 24, 128, 64, 1)
+        qkv = [randn(m, 1, 24, length, 64) for _ in range(3)]
+        softmax = partial(functional.scaled_dot_product_attention, *qkv, is_causal=True)
+        with torch.no_grad():
+            linear, _ = seconds(m, partial(case.call, **case.given))
+            quadratic, _ = seconds(m, softmax)
+        rows.append((f"{length:,}", f"{1e6 * linear:,.0f}", f"{1e6 * quadratic:,.0f}", f"{quadratic / linear:.2f}"))
+    print("### Linear and softmax attention, 24 heads of 64 values, forward\n")
+    table(("steps", "linear, µs", "softmax, µs", "ratio"), *rows)
+
+
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kernels", help="parts, with commas between them")
+    parser.add_argument("--only", default="kernels,decode,train,attention", help="parts, with commas between them")
     parser.add_argument("--ops", default="", help="ops, with commas between them; all if left out")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true")
@@ -402,7 +520,12 @@ def main() -> None:
         flush=True,
     )
     torch.manual_seed(int(time.time()))  # fresh numbers every time
-    parts = {"kernels": lambda: kernels(machine, [x for x in arguments.ops.split(",") if x])}
+    parts = {
+        "kernels": partial(kernels, machine, [x for x in arguments.ops.split(",") if x]),
+        "decode": partial(decode, machine),
+        "train": partial(train, machine),
+        "attention": partial(attention, machine),
+    }
     for part in arguments.only.split(","):
         if part not in parts:
             parser.error(f"--only: there is no part {part!r}; there are {', '.join(parts)}")

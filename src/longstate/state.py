@@ -108,6 +108,33 @@ def to(state: S, device: torch.device | str) -> S:
     return result
 
 
+def copy(state: S) -> S:
+    """Return the same state in memory of its own."""
+    result: S = _map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), state)
+    return result
+
+
+def copy_into(state: S, memory: S) -> None:
+    """Copy a state into the memory of another, where it is not there already.
+
+    Raises:
+        ValueError: If their structures or shapes differ.
+    """
+
+    def into(x: Tensor, y: Tensor) -> None:
+        if x.shape != y.shape:
+            raise ValueError(f"copy_into: a tensor of shape {list(x.shape)} came, the memory is of {list(y.shape)}")
+        if x.data_ptr() != y.data_ptr():
+            y.copy_(x)
+
+    _map(into, state, memory)
+
+
+def growing(state: Any) -> bool:
+    """Return whether a tensor of the state grows with the steps read."""
+    return any(_growing(state))
+
+
 def nbytes(state: Any) -> int:
     """Return the size of a state in bytes."""
     return sum(x.numel() * x.element_size() for _, x in _named(state))

@@ -105,6 +105,27 @@ class Tiles:
             self.forced = before
 
 
+_in_place = False
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Let single steps write the new state where the old one is."""
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
+def final_state(initial: Tensor | None, shape: Sequence[int], like: Tensor, steps: int) -> Tensor:
+    """Return memory for a final state in float32: that of the initial one for a single step ``in_place``."""
+    if _in_place and steps == 1 and initial is not None:
+        return initial
+    return like.new_empty(shape, dtype=torch.float32)
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
     """Return what the table knows a GPU by, such as "sm_90"."""
