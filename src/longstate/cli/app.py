@@ -12,7 +12,7 @@ import typer
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import analyze, doctor, export, generate, import_, info, train
+from . import analyze, bench, doctor, export, generate, import_, info, train
 
 app = typer.Typer(
     name="longstate",
@@ -27,6 +27,7 @@ app.command("info", short_help="Say how large a model is and what a token costs.
 app.command("analyze", short_help="Write a page with pictures of a model's layers.")(analyze.command)
 app.command("import", short_help="Take a published model into our own format.")(import_.command)
 app.command("export", short_help="Write a model as transformers reads it.")(export.command)
+app.add_typer(bench.app, name="bench")
 app.command("doctor", short_help="Say what is installed and which backends run.")(doctor.command)
 
 _TRACEBACK = "--traceback"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, resources
+from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -84,16 +84,13 @@ class Tiles:
 
     def __call__(self, x: Tensor, **sizes: int) -> dict[str, int]:
         """Return what to use for a problem of such sizes where ``x`` is."""
+        if _asked is not None:
+            _asked.append((self, sizes))
         if self.forced is not None:
             return self.default | self.forced
         if not x.is_cuda:
             return self.default | self.interpreter
         return self.default | _nearest(self.kernel, architecture(x.device), *sizes.items())
-
-    def choices(self) -> Iterator[dict[str, int]]:
-        """Return all combinations of what there is to choose from."""
-        for values in itertools.product(*self.space.values()):
-            yield dict(zip(self.space, values, strict=True))
 
     @contextmanager
     def force(self, choice: Mapping[str, int]) -> Iterator[None]:
@@ -103,6 +100,20 @@ class Tiles:
             yield
         finally:
             self.forced = before
+
+
+_asked: list[tuple[Tiles, dict[str, int]]] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[Tiles, dict[str, int]]]]:
+    """Note which kernels ask for tiles, and for which sizes."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 _in_place = False
@@ -134,10 +145,33 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+Table = dict[str, dict[str, list[dict[str, dict[str, int]]]]]
+
+
 @functools.cache
-def table() -> dict[str, dict[str, list[dict[str, dict[str, int]]]]]:
+def table() -> Table:
     """Return the table: for each architecture and kernel, rows of "sizes" and what to "use" for them."""
-    return json.loads(resources.files(__package__).joinpath("tuned.json").read_text(encoding="utf-8"))
+    return read_table(resources.files(__package__).joinpath("tuned.json"))
+
+
+def read_table(file: Traversable) -> Table:
+    """Return a table as it is written in a file.
+
+    Raises:
+        ValueError: If the file is no such table.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for kernels in found.values():
+            for rows in kernels.values():
+                for row in rows:
+                    if not all(isinstance(x, int) and x > 0 for part in ("sizes", "use") for x in row[part].values()):
+                        raise TypeError
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no table of tiles ({error!r}). Give one that `longstate bench tune` wrote."
+        ) from None
+    return found
 
 
 @functools.lru_cache(4096)
