@@ -1,4 +1,4 @@
-"""Long convolutions of rows of several sequences, with kernels shorter than what their sequences are halved into."""
+"""Long convolutions with kernels shorter than what their sequences are cut into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longstate import ops
+from longstate.ops.convolution import chunked
 
 
 @pytest.mark.parametrize(("length", "taps"), [(150, 65), (140, 69), (70, 80)])
@@ -18,3 +19,21 @@ def test_kernels_shorter_than_half_a_row(taps: int, length: int) -> None:
         results.append((y, final, *torch.autograd.grad(y.square().sum(), (x, k))))
     for got, wanted in zip(results[1], results[0], strict=True):
         assert (got - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("length", "taps"), [(2000, 100), (1999, 65), (600, 599)])
+def test_blocks_of_a_long_sequence(length: int, taps: int) -> None:
+    """Beside torch's own convolution, which multiplies and adds."""
+    u, kernel, initial = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, length, 3), (3, taps), (2, taps - 1, 3))
+    )
+    size, new = chunked._block(torch.cat([initial, u], 1), kernel)
+    assert (new < length) == (taps < 599)
+    assert size - new == taps - 1
+    y, _ = ops.convolution.long(u, kernel, initial, backend="chunked")
+    wanted = torch.nn.functional.conv1d(torch.cat([initial, u], 1).mT, kernel.flip(1)[:, None], groups=3).mT
+    weights, given = torch.randn_like(y), (u, kernel, initial)
+    got, truth = (torch.autograd.grad(x, given, weights) for x in (y, wanted))
+    for a, b in zip((y, *got), (wanted, *truth), strict=True):
+        assert (a - b).abs().max() < 1e-12 * b.abs().max()
