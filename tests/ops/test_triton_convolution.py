@@ -29,7 +29,7 @@ def rounding() -> Iterator[None]:
 
 
 # No step, one step, fewer than the window, several programs along steps and channels, steps that fill them.
-SHAPES = [(2, 0, 3, 4), (1, 1, 1, 1), (2, 1, 5, 4), (2, 3, 7, 9), (2, 29, 18, 4), (2, 16, 3, 2)]
+SHAPES = [(2, 0, 3, 4), (1, 1, 1, 1), (2, 1, 5, 4), (2, 3, 7, 9), (2, 19, 18, 4), (2, 16, 3, 2)]
 
 
 @pytest.mark.parametrize("marks", ["", "start", "valid", "start valid"])
@@ -64,15 +64,15 @@ def test_no_sequence() -> None:
 
 
 def test_starts_everywhere_and_nothing_that_counts() -> None:
-    given = arguments(3, 19, 3, 4)
-    always, never = torch.ones(3, 19, dtype=torch.bool), torch.zeros(3, 19, dtype=torch.bool)
+    given = arguments(3, 9, 3, 4)
+    always, never = torch.ones(3, 9, dtype=torch.bool), torch.zeros(3, 9, dtype=torch.bool)
     check(given, "triton", start=always)
     check(given, "triton", start=always, valid=never)
-    some = torch.tensor([[True], [False], [True]]).expand(3, 19)
+    some = torch.tensor([[True], [False], [True]]).expand(3, 9)
     check(given, "triton", start=some, valid=some)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_calls_in_odd_layouts(seed: int) -> None:
     r = random.Random(seed)
     torch.manual_seed(seed)
@@ -94,8 +94,8 @@ def test_random_calls_in_odd_layouts(seed: int) -> None:
 
 @pytest.mark.parametrize("marks", ["", "start valid"])
 def test_poisoned_memory_and_the_same_numbers_twice(marks: str) -> None:
-    given, options = arguments(2, 21, 18, 4), flags(marks, 2, 21)
-    grads = [torch.randn(2, 21, 18), torch.randn(2, 3, 18)]
+    given, options = arguments(1, 21, 18, 4), flags(marks, 1, 21)
+    grads = [torch.randn(1, 21, 18), torch.randn(1, 3, 18)]
     with poisoned_memory():
         once, again = (both_ways(given, grads, activation="silu", backend="triton", **options) for _ in range(2))
     assert all(x.isfinite().all() and torch.equal(x, again[name]) for name, x in once.items())

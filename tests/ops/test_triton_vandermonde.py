@@ -31,7 +31,7 @@ def quietly() -> Iterator[None]:
 @pytest.mark.parametrize(("rows", "states"), [((), 1), ((3,), 5), ((2, 2), 8), ((0,), 2), ((2,), 0)], ids=str)
 def test_the_plain_sum(rows: tuple[int, ...], states: int, kind: str) -> None:
     """All is in float64 but what is rounded to float32 at the end: kernel and weights' gradient to 2⁻²⁴."""
-    for length in (0, 1, 7, 33, 300):
+    for length in (0, 1, 33, 90):
         w, z = arguments(kind, rows, states)
         g = torch.randn(*rows, length)
         with poisoned_memory():
@@ -53,8 +53,8 @@ def test_more_states_than_a_program_takes() -> None:
 
 
 def test_fifty_digits() -> None:
-    """With tiles as on GPUs, of 65,536 taps: a power is a product of at most 16 + 8 others, each good to a few roundings,
-    of bases whose arguments are rounded once: far below (1000 + |l z|) 2⁻⁵³ of its term."""
+    """With tiles as on GPUs, of 65,536 taps: a power is a product of at most 16 + 8 others, each good to a few
+    roundings, of bases whose arguments are rounded once: far below (1000 + |l z|) 2⁻⁵³ of its term."""
     length = 65_536
     w, z = arguments("complex", (1,), 16)
     z[0, :4] = torch.complex(torch.zeros(4).double(), torch.tensor([0.0, 1e-9, torch.pi, 1.0]).double())
@@ -95,7 +95,8 @@ def test_broadcasting_strides_and_the_same_numbers_twice(kind: str) -> None:
     torch.testing.assert_close(got[2], wanted[2].sum(0), rtol=1e-12, atol=1e-12)
     strided = [w.mT.contiguous().mT, z[0].conj().clone().conj()]
     again = gradients(ops.vandermonde, strided, g.mT.contiguous().mT, backend="triton")
-    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+    assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+    torch.testing.assert_close(got[2], again[2], rtol=1e-14, atol=1e-14)  # torch's last product has no one order
 
 
 def test_what_dies_out_and_what_grows() -> None:
@@ -114,7 +115,7 @@ def test_what_dies_out_and_what_grows() -> None:
 
 def test_other_types_have_other_backends() -> None:
     w, z = arguments("complex", (2,), 3, torch.float64)
-    with pytest.raises(ValueError, match="float32.*Use"):
+    with pytest.raises(ValueError, match=r"float32.*Use"):
         ops.vandermonde(w, z, 5, backend="triton")
     for kind, backend in itertools.product(["real", "complex"], ["triton", "chunked"]):
         w, z = arguments(kind, (2,), 3)

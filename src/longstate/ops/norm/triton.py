@@ -176,7 +176,7 @@ def rms_norm_backward(
 
 
 def _options(tiles: _triton.Tiles, x: Tensor, groups: int, most: int) -> tuple[int, dict[str, Any]]:
-    """Return the number of rows, and how they are laid out: at most so many numbers of one to a warp, up to 16 warps."""
+    """Return the number of rows, and how they are laid out: at most so many numbers of one a warp, up to 16 warps."""
     size = x.shape[2] // groups
     rows = x.shape[0] * x.shape[1] if size else 0
     use = tiles(x, rows=rows, size=size)

@@ -4,8 +4,9 @@
 
 Powers factor: with l = (i₀ + i) c + j, e^{lz} = e^{i₀cz} e^{icz} e^{jz}. A program makes the last two, tables of some
 rows i and columns j, from the squares e^{2ˢz} by their bits, each by a product for every bit; the first goes from one
-block of rows to the next by one product. What is left is a product of matrices, for which GPUs of data centres have units
-in float64. So a power errs by a few 2⁻⁵³ for each bit of l and each block, and nothing of the size n l is in memory.
+block of rows to the next by one product. What is left is a product of matrices, for which GPUs of data centres have
+units in float64. So a power errs by a few 2⁻⁵³ for each bit of l and each block, and nothing as large as n l is in
+memory.
 """
 
 from __future__ import annotations
@@ -154,10 +155,10 @@ def _backward(
 def vandermonde(weights: Tensor, log_base: Tensor, length: int) -> Tensor:
     """Return what ``chunked.vandermonde`` returns, of weights in float32."""
     *shape, states = weights.shape
-    w, z = weights.reshape(-1, states), log_base.reshape(-1, states)
     kernel = weights.new_empty(*shape, length, dtype=torch.float32)
     if not states:
         return kernel.zero_()
+    w, z = weights.reshape(-1, states), log_base.reshape(-1, states)
     options = _options(FORWARD, w, length)
     segments = _segments(options, length)
     squares, numbers = _squares(z, options["BITS"]), _parts(w)
@@ -173,6 +174,8 @@ def vandermonde(weights: Tensor, log_base: Tensor, length: int) -> Tensor:
 def vandermonde_backward(grad: Tensor, weights: Tensor, log_base: Tensor) -> tuple[Tensor, Tensor]:
     """Return what ``chunked.vandermonde_backward`` returns."""
     states, length = weights.shape[-1], grad.shape[-1]
+    if not weights.numel():
+        return torch.empty_like(weights), torch.empty_like(log_base)
     z, grad = log_base.reshape(-1, states), grad.contiguous()
     options = _options(BACKWARD, z, length)
     segments = _segments(options, length)
@@ -213,7 +216,7 @@ def _segments(options: dict[str, Any], length: int) -> int:
 def _squares(log_base: Tensor, bits: int) -> Tensor:
     """Return e^{2ˢz} ``[r s n]`` for s below ``bits``, complex ones as pairs. The arguments are exact."""
     scale = 2.0 ** torch.arange(bits, dtype=torch.float64, device=log_base.device)
-    return _parts(torch.exp(log_base[:, None] * scale[:, None]))
+    return _parts(torch.exp(log_base.resolve_conj()[:, None] * scale[:, None]))
 
 
 def _parts(x: Tensor) -> Tensor:
