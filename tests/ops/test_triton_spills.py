@@ -43,7 +43,7 @@ CASES = {
     "short convolution, float32": lambda: short_convolution(torch.float32),
     "short convolution, 8 taps": lambda: short_convolution(taps=8),
     "norm": rms_norm,
-    "norm, float32": lambda: rms_norm(torch.float32, 8192),
+    "norm, float32": lambda: rms_norm(torch.float32),
     "vandermonde": vandermonde,
     "vandermonde, 32 states": lambda: vandermonde(32),
 }
