@@ -9,6 +9,7 @@ from ..._shapes import Tensor
 
 DIRECT = 64  # below so many taps, products beat transforms
 FEW = 8  # up to so many steps, one product each beats transforms
+AT_ONCE = 1 << 26  # numbers that are transformed at once, so that what stands beside inputs and outputs is bounded
 
 
 def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
@@ -95,7 +96,7 @@ def long(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
     if before < DIRECT:
         return short(padded, taps, segment)
     if length > FEW:
-        return _causal(padded, taps, segment)[:, before:]
+        return _by_transforms(padded, taps) if segment is None else _within_segments(padded, taps, segment)[:, before:]
     outputs = []
     for t in range(length):
         window = padded[:, t : t + before + 1]
@@ -113,15 +114,44 @@ def long_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor | 
     before = taps.shape[1] - 1
     if before < DIRECT:
         return short_backward(grad, padded, taps, segment)
-    grad = pad(grad, (0, 0, before, 0))
-    grad_padded = _causal(grad.flip(1), taps, None if segment is None else segment.flip(1)).flip(1)
     if segment is None:
-        return grad_padded, _correlate(grad, padded, taps.shape[1])
+        return _gradients_by_transforms(grad, padded, taps)
+    grad = pad(grad, (0, 0, before, 0))
+    grad_padded = _within_segments(grad.flip(1), taps, segment.flip(1)).flip(1)
     return grad_padded, _correlate_within_segments(grad, padded, segment, taps.shape[1])
 
 
-def _causal(u: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
-    return fft(u, taps, u.shape[1]) if segment is None else _within_segments(u, taps, segment)
+def _by_transforms(padded: Tensor, taps: Tensor) -> Tensor:
+    """Return the convolution as a circular one: what wraps around reaches only the steps before the first."""
+    batch, given, width = padded.shape
+    size, before = good_size(given), taps.shape[1] - 1
+    y = padded.new_empty(batch, given - before, width)
+    for at in _channels(batch * size, width):
+        spectrum = torch.fft.rfft(padded[..., at], n=size, dim=1)
+        spectrum *= torch.fft.rfft(taps[at], n=size).T
+        y[..., at] = torch.fft.irfft(spectrum, n=size, dim=1)[:, before:given]
+    return y
+
+
+def _gradients_by_transforms(grad: Tensor, padded: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``padded`` and ``taps`` as circular correlations: before the first step there is no
+    gradient that could wrap around."""
+    batch, given, width = padded.shape
+    size, before = good_size(given), taps.shape[1] - 1
+    grad_padded, grad_taps = torch.empty_like(padded), torch.empty_like(taps)
+    for at in _channels(batch * size, width):
+        of_grad = torch.fft.rfft(pad(grad[..., at], (0, 0, before, 0)), n=size, dim=1)
+        of_inputs = torch.fft.rfft(padded[..., at], n=size, dim=1).conj_physical_().mul_(of_grad).sum(0)
+        grad_taps[at] = torch.fft.irfft(of_inputs, n=size, dim=0)[: before + 1].T
+        of_grad *= torch.fft.rfft(taps[at], n=size).conj().T
+        grad_padded[..., at] = torch.fft.irfft(of_grad, n=size, dim=1)[:, :given]
+    return grad_padded, grad_taps
+
+
+def _channels(each: int, width: int) -> list[slice]:
+    """Return the channels in blocks that are transformed at once."""
+    block = max(1, AT_ONCE // max(1, each))
+    return [slice(first, first + block) for first in range(0, width, block)]
 
 
 def _within_segments(u: Tensor, taps: Tensor, segment: Tensor) -> Tensor:
@@ -149,13 +179,6 @@ def _within_segments(u: Tensor, taps: Tensor, segment: Tensor) -> Tensor:
         y.view(batch, -1, 2 * size, width)[:, :, size:] += sent
         size *= 2
     return y[:, :given]
-
-
-def _correlate(grad: Tensor, u: Tensor, taps: int) -> Tensor:
-    """Return Σ_t grad_t ∘ u_{t−i} for each tap i, by transforms."""
-    size = good_size(u.shape[1] + taps)
-    spectrum = torch.fft.rfft(grad, n=size, dim=1) * torch.fft.rfft(u, n=size, dim=1).conj()
-    return torch.fft.irfft(spectrum.sum(0), n=size, dim=0)[:taps].T.contiguous()
 
 
 def _correlate_within_segments(grad: Tensor, u: Tensor, segment: Tensor, taps: int) -> Tensor:
