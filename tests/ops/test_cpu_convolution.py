@@ -36,7 +36,7 @@ def both_ways(given: dict[str, Any], grads: list[torch.Tensor], **options: Any) 
     return {"y": y.detach(), "final": final.detach()} | dict(zip(leaves, found, strict=True))
 
 
-def check(given: dict[str, Any], **options: Any) -> None:
+def check(given: dict[str, Any], backend: str = "cpu", **options: Any) -> None:
     """Compare with the reference.
 
     A sum of k products and a bias, in any order, errs by at most (k + 2) u M, M the sum of magnitudes. SiLU has a slope
@@ -54,7 +54,7 @@ def check(given: dict[str, Any], **options: Any) -> None:
     linear = options | {"activation": None}
     most = both_ways(magnitudes, [g.abs() for g in grads], **linear, backend="reference")
     largest = most["y"].max().item() if t else 0.0
-    for name, x in both_ways(given, grads, **options, backend="cpu").items():
+    for name, x in both_ways(given, grads, **options, backend=backend).items():
         factor = 0.5 * (k + 2) * largest + 8 + 1.1 * (b * t + k)
         bound = factor * UNIT * most[name]
         if name == "y":

@@ -81,7 +81,7 @@ def magnitudes(
     return {"x": into * before, "weight": of_weight, "gate": through}
 
 
-def check(given: dict[str, torch.Tensor], **options: Any) -> None:
+def check(given: dict[str, torch.Tensor], backend: str = "cpu", **options: Any) -> None:
     """Compare with the reference.
 
     A mean of n squares errs by at most (n + 2) u of itself, its inverse root by half of that; SiLU and its slope by 8u,
@@ -95,7 +95,7 @@ def check(given: dict[str, torch.Tensor], **options: Any) -> None:
     exact = {name: v.double() for name, v in given.items()}
     wanted = both_ways(exact, grad.double(), **options, backend="reference")
     most = magnitudes(grad.double(), **exact, **options) | {"y": wanted["y"].abs()}
-    for name, got in both_ways(given, grad, **options, backend="cpu").items():
+    for name, got in both_ways(given, grad, **options, backend=backend).items():
         bound = (size + 48 + (rows if name == "weight" else 0)) * UNIT * most[name]
         if got.dtype == torch.bfloat16:
             bound = bound + (2 if name == "y" else 1) * NARROW * (1 + NARROW) * (wanted[name].abs() + bound)

@@ -54,6 +54,8 @@ def short(
     if start is not None or valid is not None:
         _, start, valid = Timeline(None, start, valid).expand(*u.shape[:2])
     refusals = {"cpu": cpu.refusal(u, weight, bias), "triton": _triton.refusal(u, weight, bias)}
+    if weight.shape[1] > _fused.MOST_TAPS and not refusals["triton"]:
+        refusals["triton"] = f"its kernel takes at most {_fused.MOST_TAPS} taps"
     backend = choose("short_convolution", backend, refusals)
     if backend not in ("cpu", "triton"):
         return _convolve("short_convolution", u, weight.flip(1), bias, initial, activation, start, valid, backend)

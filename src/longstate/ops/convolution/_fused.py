@@ -11,6 +11,7 @@ from ..._shapes import Tensor
 from .._register import define, register, twice
 
 Implementations = dict[str, Callable[..., Any]]
+MOST_TAPS = 16  # of the kernel for GPUs, which keeps a window in registers
 
 
 def register_kernel(forward: Implementations, backward_kernels: Implementations, portable: Callable[..., Any]) -> None:

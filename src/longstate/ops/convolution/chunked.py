@@ -11,6 +11,7 @@ from ..._shapes import Tensor
 
 DIRECT = 64  # below so many taps, products beat transforms
 FEW = 8  # up to so many steps, one product each beats transforms
+AT_ONCE = 1 << 26  # numbers that are transformed at once, so that what stands beside inputs and outputs is bounded
 
 
 def short(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
@@ -97,7 +98,9 @@ def long(padded: Tensor, taps: Tensor, segment: Tensor | None) -> Tensor:
     if before < DIRECT:
         return short(padded, taps, segment)
     if length > FEW:
-        return _in_blocks(padded, taps) if segment is None else _within_segments(padded, taps, segment)[:, before:]
+        if segment is not None:
+            return _within_segments(padded, taps, segment)[:, before:]
+        return _together([_in_blocks(padded[..., at], taps[at]) for at in _channels(padded)], -1)
     outputs = []
     for t in range(length):
         window = padded[:, t : t + before + 1]
@@ -116,10 +119,22 @@ def long_backward(grad: Tensor, padded: Tensor, taps: Tensor, segment: Tensor | 
     if before < DIRECT:
         return short_backward(grad, padded, taps, segment)
     if segment is None:
-        return _in_blocks_backward(grad, padded, taps)
+        parts = [_in_blocks_backward(grad[..., at], padded[..., at], taps[at]) for at in _channels(padded)]
+        return _together([part[0] for part in parts], -1), _together([part[1] for part in parts], 0)
     grad = pad(grad, (0, 0, before, 0))
     grad_padded = _within_segments(grad.flip(1), taps, segment.flip(1)).flip(1)
     return grad_padded, _correlate_within_segments(grad, padded, segment, taps.shape[1])
+
+
+def _channels(padded: Tensor) -> list[slice]:
+    """Return the channels in groups that are transformed at once."""
+    batch, length, width = padded.shape
+    group = max(1, AT_ONCE // max(1, batch * length))
+    return [slice(i, i + group) for i in range(0, max(1, width), group)]
+
+
+def _together(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _in_blocks(padded: Tensor, taps: Tensor) -> Tensor:
