@@ -10,7 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_chunks import block_sum, chunk_factors, chunk_weights, decayed, log2_decays, operand, product, steps_of, tile
+from ._triton_chunks import (
+    NOWHERE,
+    block_sum,
+    chunk_factors,
+    chunk_weights,
+    decayed,
+    log2_decays,
+    operand,
+    product,
+    steps_of,
+    store_tile,
+    tile,
+)
 
 
 @triton.jit
@@ -29,41 +41,40 @@ def prepare(
     """
     i, chunks = tl.program_id(1), tl.num_programs(1)
     pair = tl.program_id(0).to(tl.int64)
-    batch, head = pair // H, pair % H
-    q, k = q + batch * q_batch + head // SHARED * q_group, k + batch * k_batch + head // SHARED * k_group
-    g += batch * g_batch + head * g_head
-    steps = tl.arange(0, CHUNK)
-    rows, local, block = i * CHUNK + steps, (steps % SUB), (steps // SUB)[:, None]
-    starts = None if document is None else document + batch * T
-    high, low, documents, alive, kept, kept_on = chunk_factors(None, starts, rows, i * CHUNK, 1, T, CHUNK)
+    batch, head, group = pair // H, pair % H, pair % H // SHARED
+    first, height, rows = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK)
+    q, k = q + batch * q_batch + group * q_group + first * q_step, k + batch * k_batch + group * k_group + first * k_step
+    g += batch * g_batch + head * g_head + first * g_step
+    local, block = rows % SUB, (rows // SUB)[:, None]
+    starts = None if document is None else document + batch * T + first
+    alive, kept, kept_on = chunk_factors(None, None, starts, i, height, CHUNK)
     weights = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in range(0, K, KEYS):
-        keys = first + tl.arange(0, KEYS)
-        q_here, k_here = tile(q, rows, keys, q_step, T, K), tile(k, rows, keys, k_step, T, K)
-        log2 = log2_decays(g, rows, keys, g_step, T, K)
+    for channel in range(0, K, KEYS):
+        keys = channel + tl.arange(0, KEYS)
+        q_here, k_here = tile(q, rows, keys, q_step, height, K), tile(k, rows, keys, k_step, height, K)
+        log2 = log2_decays(g, rows, keys, g_step, height, K)
         to, since = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
         for j in range(0, SUB):
-            earlier = tl.where(local >= j, rows - j, -1)
-            other = tile(k, earlier, keys, k_step, T, K).to(tl.float32)
+            earlier, after = tl.where(local >= j, rows - j, NOWHERE), tl.where(local + j + 1 < SUB, rows + j + 1, NOWHERE)
+            other = tile(k, earlier, keys, k_step, height, K).to(tl.float32)
             found = tl.sum(q_here.to(tl.float32) * other * tl.exp2(to), 1)
-            weights += tl.where(steps[None, :] == steps[:, None] - j, found[:, None], 0.0)
-            to += log2_decays(g, earlier, keys, g_step, T, K)
-            since += log2_decays(g, tl.where(local + j + 1 < SUB, rows + j + 1, -1), keys, g_step, T, K)
+            weights += tl.where(rows[None, :] == rows[:, None] - j, found[:, None], 0.0)
+            to += log2_decays(g, earlier, keys, g_step, height, K)
+            since += log2_decays(g, after, keys, g_step, height, K)
         into, q_to = to, q_here.to(tl.float32) * tl.exp2(to)
         for n in range(1, CHUNK // SUB):
             added = block_sum(log2, block, n - 1)
             since, into = tl.where(block < n - 1, since + added, since), tl.where(block >= n, into + added, into)
             k_since = operand(tl.where(block < n, k_here.to(tl.float32) * tl.exp2(since), 0.0), k_here)
             here = operand(tl.where(block == n, q_to, 0.0), q_here)
-            weights += product(here, tl.trans(k_since), PRECISION)
+            weights = product(here, tl.trans(k_since), PRECISION, weights)
         since = tl.where(block < CHUNK // SUB - 1, since + block_sum(log2, block, CHUNK // SUB - 1), since)
-        at, inside = ((batch * T + rows)[:, None] * H + head) * K + keys[None, :], (rows < T)[:, None] & (keys < K)
-        tl.store(q_into + at, (q_here.to(tl.float32) * tl.exp2(into) * alive[:, None]).to(q_here.dtype), mask=inside)
-        tl.store(k_out + at, (k_here.to(tl.float32) * tl.exp2(since) * kept[:, None]).to(k_here.dtype), mask=inside)
+        at, wide = ((batch * T + first) * H + head) * K, H * K
+        store_tile(q_into + at, rows, keys, wide, height, K, q_here.to(tl.float32) * tl.exp2(into) * alive[:, None])
+        store_tile(k_out + at, rows, keys, wide, height, K, k_here.to(tl.float32) * tl.exp2(since) * kept[:, None])
         tl.store(through + (pair * chunks + i) * K + keys, tl.exp2(tl.sum(log2, 0)) * kept_on, mask=keys < K)
-    weights = chunk_weights(weights, None, document, high, low, documents, CHUNK)
-    at = (pair * T + rows)[:, None] * CHUNK + steps[None, :]
-    tl.store(scores + at, weights.to(scores.dtype.element_ty), mask=(rows < T)[:, None])
+    weights = chunk_weights(weights, None, None, starts, height, CHUNK)
+    store_tile(scores + (pair * T + first) * CHUNK, rows, rows, CHUNK, height, CHUNK, weights)
 
 
 @triton.jit
@@ -80,22 +91,22 @@ def value_gradients(
     i, chunks = tl.program_id(1), tl.num_programs(1)
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     batch, head = pair // H, pair % H
-    rows, steps, keys = i * CHUNK + tl.arange(0, CHUNK), tl.arange(0, CHUNK), tl.arange(0, KEYS)
-    starts = None if document is None else document + batch * T
-    high, low, documents, _, _, _ = chunk_factors(None, starts, rows, i * CHUNK, 1, T, CHUNK)
+    first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
+    dy, v = dy + batch * dy_batch + head * dy_head + first * dy_step, v + batch * v_batch + head * v_head + first * v_step
+    starts = None if document is None else document + batch * T + first
     step = tl.full([CHUNK], 1.0, tl.float32)
     if dt is not None:
-        step = steps_of(dt + batch * dt_batch + head * dt_head, rows, dt_step, T)
-    weights = tile(scores + pair * T * CHUNK, rows, steps, CHUNK, T, CHUNK)
-    k_here = tile(k_out + (batch * T * H + head) * K, rows, keys, H * K, T, K)
+        step = steps_of(dt + batch * dt_batch + head * dt_head + first * dt_step, rows, dt_step, height)
+    weights = tile(scores + (pair * T + first) * CHUNK, rows, rows, CHUNK, height, CHUNK)
+    k_here = tile(k_out + ((batch * T + first) * H + head) * K, rows, keys, H * K, height, K)
     M, changed = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for first in range(0, P, VALUES):
-        values = first + tl.arange(0, VALUES)
-        dy_tile = tile(dy + batch * dy_batch + head * dy_head, rows, values, dy_step, T, P)
-        v_tile = tile(v + batch * v_batch + head * v_head, rows, values, v_step, T, P)
+    for value in range(0, P, VALUES):
+        values = value + tl.arange(0, VALUES)
+        dy_tile, v_tile = tile(dy, rows, values, dy_step, height, P), tile(v, rows, values, v_step, height, P)
         L = tile(later + (i * pairs + pair) * K * P, keys, values, P, K, P)
-        M += product(dy_tile, tl.trans(v_tile), PRECISION)
-        dv_tile = product(tl.trans(weights), dy_tile, PRECISION) + product(k_here, L, PRECISION)
+        M = product(dy_tile, tl.trans(v_tile), PRECISION, M)
+        dv_tile = product(k_here, L, PRECISION)
+        dv_tile = product(tl.trans(weights), dy_tile, PRECISION, dv_tile)
         changed += tl.sum(dv_tile * v_tile.to(tl.float32), 1)
         dv_tile *= step[:, None]
         if D is not None:
@@ -103,53 +114,50 @@ def value_gradients(
             dv_tile += skip[None, :] * dy_tile.to(tl.float32)
             total = tl.sum(dy_tile.to(tl.float32) * v_tile.to(tl.float32), 0)
             tl.store(dD + ((batch * chunks + i) * H + head) * P + values, total, mask=values < P)
-        at = dv + ((batch * T + rows)[:, None] * H + head) * P + values[None, :]
-        tl.store(at, dv_tile.to(dv.dtype.element_ty), mask=(rows < T)[:, None] & (values < P)[None, :])
-    M = chunk_weights(M, None, document, high, low, documents, CHUNK) * step[None, :]
-    at = (pair * T + rows)[:, None] * CHUNK + steps[None, :]
-    tl.store(d_scores + at, M.to(d_scores.dtype.element_ty), mask=(rows < T)[:, None])
+        store_tile(dv + ((batch * T + first) * H + head) * P, rows, values, H * P, height, P, dv_tile)
+    M = chunk_weights(M, None, None, starts, height, CHUNK) * step[None, :]
+    store_tile(d_scores + (pair * T + first) * CHUNK, rows, rows, CHUNK, height, CHUNK, M)
     if ddt is not None:
-        tl.store(ddt + (batch * T + rows) * H + head, changed.to(ddt.dtype.element_ty), mask=rows < T)
+        tl.store(ddt + (batch * T + first + rows) * H + head, changed.to(ddt.dtype.element_ty), mask=rows < height)
 
 
 @triton.jit
 def through_states(
-    dy, v, states, later, step, rows, keys, dy_step, v_step, T, K, P,
+    dy, v, states, later, step, rows, keys, dy_step, v_step, height, K, P,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return S ∂y_t and Δ_s L v_s, ``[c k]``, and the sums of S ∘ L over values, ``[k]``."""
     from_S, from_L = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
     carried = tl.zeros([KEYS], tl.float32)
-    for first in range(0, P, VALUES):
-        values = first + tl.arange(0, VALUES)
+    for value in range(0, P, VALUES):
+        values = value + tl.arange(0, VALUES)
         S, L = tile(states, keys, values, P, K, P), tile(later, keys, values, P, K, P)
-        dy_tile, v_tile = tile(dy, rows, values, dy_step, T, P), tile(v, rows, values, v_step, T, P)
-        from_S += product(dy_tile, tl.trans(S), PRECISION)
-        from_L += product(v_tile, tl.trans(L), PRECISION)
+        dy_tile, v_tile = tile(dy, rows, values, dy_step, height, P), tile(v, rows, values, v_step, height, P)
+        from_S = product(dy_tile, tl.trans(S), PRECISION, from_S)
+        from_L = product(v_tile, tl.trans(L), PRECISION, from_L)
         carried += tl.sum(S.to(tl.float32) * L.to(tl.float32), 1)
     return from_S, from_L * step[:, None], carried
 
 
 @triton.jit
 def through_near_scores(
-    q, k, g, d_scores, rows, keys, q_step, k_step, g_step, T, K,
+    q, k, g, d_scores, rows, keys, q_step, k_step, g_step, height, K,
     CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Return what q and k change through the scores within sub-blocks, and the log decays from the beginning of each
     step's sub-block to it and from it to the end."""
-    steps = tl.arange(0, CHUNK)
-    local = steps % SUB
+    local = rows % SUB
     to, since = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
     dq, dk = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
+    at = d_scores + rows * (CHUNK + 1)
     for j in range(0, SUB):
-        earlier, after = tl.where(local >= j, rows - j, -1), tl.where(local + j < SUB, rows + j, -1)
-        at = d_scores + rows.to(tl.int64) * CHUNK + steps
-        M = tl.load(at - j, mask=(earlier >= 0) & (rows < T), other=0.0).to(tl.float32)
-        dq += M[:, None] * tl.exp2(to) * tile(k, earlier, keys, k_step, T, K).to(tl.float32)
-        M = tl.load(at + j * CHUNK, mask=(after >= 0) & (after < T), other=0.0).to(tl.float32)
-        dk += M[:, None] * tl.exp2(since) * tile(q, after, keys, q_step, T, K).to(tl.float32)
-        to += log2_decays(g, earlier, keys, g_step, T, K)
-        since += log2_decays(g, tl.where(local + j + 1 < SUB, rows + j + 1, -1), keys, g_step, T, K)
+        earlier, after = tl.where(local >= j, rows - j, NOWHERE), tl.where(local + j < SUB, rows + j, NOWHERE)
+        M = tl.load(at - j, mask=(local >= j) & (rows < height), other=0.0).to(tl.float32)
+        dq += M[:, None] * tl.exp2(to) * tile(k, earlier, keys, k_step, height, K).to(tl.float32)
+        M = tl.load(at + j * CHUNK, mask=after < height, other=0.0).to(tl.float32)
+        dk += M[:, None] * tl.exp2(since) * tile(q, after, keys, q_step, height, K).to(tl.float32)
+        to += log2_decays(g, earlier, keys, g_step, height, K)
+        since += log2_decays(g, tl.where(local + j + 1 < SUB, rows + j + 1, NOWHERE), keys, g_step, height, K)
     return dq, dk, to, since
 
 
@@ -168,22 +176,23 @@ def key_gradients(
     blocks, i = tl.cdiv(K, KEYS), tl.program_id(1)
     pair, pairs = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
     batch, head = pair // H, pair % H
-    steps, keys = tl.arange(0, CHUNK), (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
-    rows, block = i * CHUNK + steps, (steps // SUB)[:, None]
-    q, k = q + batch * q_batch + head // SHARED * q_group, k + batch * k_batch + head // SHARED * k_group
-    g, d_scores, at = g + batch * g_batch + head * g_head, d_scores + pair * T * CHUNK, (i * pairs + pair) * K * P
-    dy, v = dy + batch * dy_batch + head * dy_head, v + batch * v_batch + head * v_head
+    keys = (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
+    first, height, rows, group = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), head // SHARED
+    block, at = (rows // SUB)[:, None], (i * pairs + pair) * K * P
+    q, k = q + batch * q_batch + group * q_group + first * q_step, k + batch * k_batch + group * k_group + first * k_step
+    g, d_scores = g + batch * g_batch + head * g_head + first * g_step, d_scores + (pair * T + first) * CHUNK
+    dy, v = dy + batch * dy_batch + head * dy_head + first * dy_step, v + batch * v_batch + head * v_head + first * v_step
     step = tl.full([CHUNK], 1.0, tl.float32)
     if dt is not None:
-        step = steps_of(dt + batch * dt_batch + head * dt_head, rows, dt_step, T)
-    starts = None if document is None else document + batch * T
-    _, _, _, alive, kept, kept_on = chunk_factors(None, starts, rows, i * CHUNK, 1, T, CHUNK)
+        step = steps_of(dt + batch * dt_batch + head * dt_head + first * dt_step, rows, dt_step, height)
+    starts = None if document is None else document + batch * T + first
+    alive, kept, kept_on = chunk_factors(None, None, starts, i, height, CHUNK)
     dq_here, dk_here, to, since = through_near_scores(
-        q, k, g, d_scores, rows, keys, q_step, k_step, g_step, T, K, CHUNK, SUB, KEYS
+        q, k, g, d_scores, rows, keys, q_step, k_step, g_step, height, K, CHUNK, SUB, KEYS
     )
-    M = tile(d_scores, rows, steps, CHUNK, T, CHUNK)
-    q_here, k_here = tile(q, rows, keys, q_step, T, K), tile(k, rows, keys, k_step, T, K)
-    log2 = log2_decays(g, rows, keys, g_step, T, K)
+    M = tile(d_scores, rows, rows, CHUNK, height, CHUNK)
+    q_here, k_here = tile(q, rows, keys, q_step, height, K), tile(k, rows, keys, k_step, height, K)
+    log2 = log2_decays(g, rows, keys, g_step, height, K)
     into = to
     for n in range(1, CHUNK // SUB):
         added = block_sum(log2, block, n - 1)
@@ -193,7 +202,7 @@ def key_gradients(
         dk_here += since_n * product(tl.trans(M), operand(q_here.to(tl.float32) * to_n, q_here), PRECISION)
     since = tl.where(block < CHUNK // SUB - 1, since + block_sum(log2, block, CHUNK // SUB - 1), since)
     from_S, from_L, carried = through_states(
-        dy, v, states + at, later + at, step, rows, keys, dy_step, v_step, T, K, P, CHUNK, KEYS, VALUES, PRECISION
+        dy, v, states + at, later + at, step, rows, keys, dy_step, v_step, height, K, P, CHUNK, KEYS, VALUES, PRECISION
     )
     dq_here += decayed(from_S, tl.exp2(into) * alive[:, None])
     from_L = decayed(from_L, tl.exp2(since) * kept[:, None])
@@ -201,7 +210,7 @@ def key_gradients(
     q_here, k_here = q_here.to(tl.float32), k_here.to(tl.float32)
     end = tl.sum(k_here * from_L, 0) + decayed(carried, tl.exp2(tl.sum(log2, 0)) * kept_on)
     change = tl.cumsum(q_here * dq_here - k_here * dk_here, 0, reverse=True) + end[None, :]
-    at, inside = ((batch * T + rows)[:, None] * H + head) * K + keys[None, :], (rows < T)[:, None] & (keys < K)
-    tl.store(dq + at, dq_here.to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + at, dk_here.to(dk.dtype.element_ty), mask=inside)
-    tl.store(dg + at, change.to(dg.dtype.element_ty), mask=inside)
+    at, wide = ((batch * T + first) * H + head) * K, H * K
+    store_tile(dq + at, rows, keys, wide, height, K, dq_here)
+    store_tile(dk + at, rows, keys, wide, height, K, dk_here)
+    store_tile(dg + at, rows, keys, wide, height, K, change)

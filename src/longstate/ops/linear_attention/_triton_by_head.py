@@ -6,14 +6,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_chunks import chunk_factors, chunk_weights, operand, product, steps_of, tile
+from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, product, steps_of, store_tile, tile
+
+
+@triton.jit
+def value_block(
+    dy, q, k, v, D, S, L, dv, dD, weights, into, out, step, rows, keys, values, dq, dk, M, read, put, carried,
+    dy_step, v_step, dv_step, D_value, height, K, P, DECAYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to ∂q, ∂k, M, q_t S ∂y_t, k_s L v_s and ΣS ∘ L what some channels of a head's values give to them, and write
+    their gradients and the sum of ∂y v."""
+    dy_tile, v_tile = tile(dy, rows, values, dy_step, height, P), tile(v, rows, values, v_step, height, P)
+    dy_wide, v_wide = dy_tile.to(tl.float32), v_tile.to(tl.float32)
+    S, L = tile(S, keys, values, P, K, P), tile(L, keys, values, P, K, P)
+    M = product(dy_tile, tl.trans(v_tile), PRECISION, M)
+    dq = product(operand(decayed(dy_wide, into[:, None]), dy_tile), tl.trans(S), PRECISION, dq)
+    dk = product(operand(v_wide * (out * step)[:, None], v_tile), tl.trans(L), PRECISION, dk)
+    if DECAYS:
+        read += tl.sum(decayed(product(q, S, PRECISION) * dy_wide, into[:, None]), 1)
+        carried += tl.sum(S.to(tl.float32) * L.to(tl.float32), 1)
+    dv_tile = product(k, L, PRECISION) * out[:, None]
+    put += tl.sum(dv_tile * v_wide, 1)
+    dv_tile = product(operand(tl.trans(weights), dy_tile), dy_tile, PRECISION, dv_tile) * step[:, None]
+    if D is not None:
+        dv_tile += tl.load(D + values * D_value, mask=values < P, other=0.0).to(tl.float32)[None, :] * dy_wide
+        tl.store(dD + values, tl.sum(dy_wide * v_wide, 0), mask=values < P)
+    store_tile(dv, rows, values, dv_step, height, P, dv_tile)
+    return dq, dk, M, read, put, carried
 
 
 @triton.jit
 def gradients(
-    dy, q, k, v, g, dt, D, document, states, later, dq, dk, dv, dg, ddt, dD,
+    dy, q, k, v, high, low, dt, D, document, states, later, dq, dk, dv, dg, ddt, dD,
     dy_batch, dy_step, dy_head, q_batch, q_step, q_group, k_batch, k_step, k_group, v_batch, v_step, v_head,
-    g_batch, g_step, g_head, dt_batch, dt_step, dt_head, D_head, D_value, T, H, GROUPS, K, P, PIECES,
+    dt_batch, dt_step, dt_head, D_head, D_value, T, H, GROUPS, K, P, PIECES,
     FIXED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a chunk, for some heads of a group one after the other.
@@ -34,66 +60,50 @@ def gradients(
     i, chunks, piece = tl.program_id(1), tl.num_programs(1), tl.program_id(0) % PIECES
     shared = (tl.program_id(0) // PIECES).to(tl.int64)  # sequence and group
     batch, group, batches = shared // GROUPS, shared % GROUPS, tl.num_programs(0) // PIECES // GROUPS
-    rows, keys = i * CHUNK + tl.arange(0, CHUNK), tl.arange(0, KEYS)
-    q_here = tile(q + batch * q_batch + group * q_group, rows, keys, q_step, T, K)
-    k_here = tile(k + batch * k_batch + group * k_group, rows, keys, k_step, T, K)
-    scores = product(q_here, tl.trans(k_here), PRECISION)
-    summed = tl.zeros([CHUNK, CHUNK], tl.float32)
+    first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
+    q_here = tile(q + batch * q_batch + group * q_group + first * q_step, rows, keys, q_step, height, K)
+    k_here = tile(k + batch * k_batch + group * k_group + first * k_step, rows, keys, k_step, height, K)
     dq_here, dk_here = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
+    starts = None if document is None else document + batch * T + first
     heads = H // GROUPS // PIECES
     for n in range(0, heads):
         head = (group * PIECES + piece) * heads + n
-        g_here = None if g is None else g + batch * g_batch + head * g_head
-        starts = None if document is None else document + batch * T
-        high, low, documents, into, out, through = chunk_factors(g_here, starts, rows, i * CHUNK, g_step, T, CHUNK)
+        at = ((batch * H + head) * chunks + i) * CHUNK
+        high_here, low_here = None if high is None else high + at, None if low is None else low + at
+        into, out, through = chunk_factors(high_here, low_here, starts, i, height, CHUNK)
         step = tl.full([CHUNK], 1.0, tl.float32)
         if dt is not None:
-            step = steps_of(dt + batch * dt_batch + head * dt_head, rows, dt_step, T)
-        weights = chunk_weights(scores, g, document, high, low, documents, CHUNK)
-        M = tl.zeros([CHUNK, CHUNK], tl.float32)
-        read, put, carried = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.sum(step * 0.0, 0)
-        for first in range(0, P, VALUES):
-            values = first + tl.arange(0, VALUES)
-            dy_tile = tile(dy + batch * dy_batch + head * dy_head, rows, values, dy_step, T, P)
-            v_tile = tile(v + batch * v_batch + head * v_head, rows, values, v_step, T, P)
-            at = ((i * batches + batch) * H + head) * K * P
-            S, L = tile(states + at, keys, values, P, K, P), tile(later + at, keys, values, P, K, P)
-            M += product(dy_tile, tl.trans(v_tile), PRECISION)
-            from_S = product(dy_tile, tl.trans(S), PRECISION) * into[:, None]
-            from_L = product(v_tile, tl.trans(L), PRECISION) * out[:, None]
-            dq_here += from_S
-            dk_here += from_L * step[:, None]
-            if g is not None:
-                read += tl.sum(from_S * q_here.to(tl.float32), 1)
-                carried += tl.sum(tl.sum(S.to(tl.float32) * L.to(tl.float32), 1), 0)
-            put += tl.sum(from_L * k_here.to(tl.float32), 1)
-            dv_tile = product(operand(tl.trans(weights), dy_tile), dy_tile, PRECISION)
-            dv_tile += product(k_here, L, PRECISION) * out[:, None]
-            dv_tile *= step[:, None]
-            if D is not None:
-                skip = tl.load(D + head * D_head + values * D_value, mask=values < P, other=0.0).to(tl.float32)
-                dv_tile += skip[None, :] * dy_tile.to(tl.float32)
-                total = tl.sum(dy_tile.to(tl.float32) * v_tile.to(tl.float32), 0)
-                tl.store(dD + ((batch * chunks + i) * H + head) * P + values, total, mask=values < P)
-            at = dv + ((batch * T + rows)[:, None] * H + head) * P + values[None, :]
-            tl.store(at, dv_tile.to(dv.dtype.element_ty), mask=(rows < T)[:, None] & (values < P)[None, :])
-        M = chunk_weights(M, g, document, high, low, documents, CHUNK)
-        summed += M * step[None, :]
+            step = steps_of(dt + batch * dt_batch + head * dt_head + first * dt_step, rows, dt_step, height)
+        scores = product(q_here, tl.trans(k_here), PRECISION)  # the same for all heads, but registers are few
+        weights = chunk_weights(scores, high_here, low_here, starts, height, CHUNK)
+        M, at = tl.zeros([CHUNK, CHUNK], tl.float32), ((i * batches + batch) * H + head) * K * P
+        read, put, carried = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.zeros([KEYS], tl.float32)
+        for value in range(0, P, VALUES):
+            dq_here, dk_here, M, read, put, carried = value_block(
+                dy + batch * dy_batch + head * dy_head + first * dy_step, q_here, k_here,
+                v + batch * v_batch + head * v_head + first * v_step, None if D is None else D + head * D_head,
+                states + at, later + at, dv + ((batch * T + first) * H + head) * P,
+                None if D is None else dD + ((batch * chunks + i) * H + head) * P,
+                weights, into, out, step, rows, keys, value + tl.arange(0, VALUES), dq_here, dk_here, M, read, put,
+                carried, dy_step, v_step, H * P, D_value, height, K, P, high is not None, PRECISION,
+            )  # fmt: skip
+        M = chunk_weights(M, high_here, low_here, starts, height, CHUNK)
         W = M * scores
-        written = tl.sum(W, 0) + put
+        M *= step[None, :]
+        dq_here = product(operand(M, k_here), k_here, PRECISION, dq_here)
+        dk_here = product(operand(tl.trans(M), q_here), q_here, PRECISION, dk_here)
+        written, at = tl.sum(W, 0) + put, (batch * T + first + rows) * H + head
         if ddt is not None:
-            tl.store(ddt + (batch * T + rows) * H + head, written.to(ddt.dtype.element_ty), mask=rows < T)
-        if g is not None:
+            tl.store(ddt + at, written.to(ddt.dtype.element_ty), mask=rows < height)
+        if high is not None:
             change = tl.sum(W * step[None, :], 1) + read - written * step
-            change = tl.cumsum(change, 0, reverse=True) + (tl.sum(put * step, 0) + through * carried)
+            end = tl.sum(put * step, 0) + decayed(tl.sum(carried, 0), through)
+            change = tl.cumsum(change, 0, reverse=True) + end
             if FIXED:
-                total = tl.sum(tl.where(rows < T, change, 0.0), 0)
+                total = tl.sum(tl.where(rows < height, change, 0.0), 0)
                 tl.store(dg + (batch * chunks + i) * H + head, total)
             else:
-                tl.store(dg + (batch * T + rows) * H + head, change.to(dg.dtype.element_ty), mask=rows < T)
-    dq_here += product(operand(summed, k_here), k_here, PRECISION)
-    dk_here += product(operand(tl.trans(summed), q_here), q_here, PRECISION)
-    at = ((((piece * batches + batch) * T + rows)[:, None] * GROUPS + group) * K) + keys[None, :]
-    inside = (rows < T)[:, None] & (keys < K)[None, :]
-    tl.store(dq + at, dq_here.to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + at, dk_here.to(dk.dtype.element_ty), mask=inside)
+                tl.store(dg + at, change.to(dg.dtype.element_ty), mask=rows < height)
+    at = (((piece * batches + batch) * T + first) * GROUPS + group) * K
+    store_tile(dq + at, rows, keys, GROUPS * K, height, K, dq_here)
+    store_tile(dk + at, rows, keys, GROUPS * K, height, K, dk_here)

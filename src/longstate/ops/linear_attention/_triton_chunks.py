@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """Return a matrix product, summed in float32.
+NOWHERE = tl.constexpr(1 << 30)  # a step that is beyond the end of every chunk
 
-    Two of one narrow type are multiplied as they are. Others are first written as float32, and multiplied as exactly as
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, to=None):
+    """Return a matrix product, summed in float32, added ``to`` what is given.
+
+    Two of bfloat16 are multiplied as they are. Others are first written as float32, and multiplied as exactly as
     ``PRECISION`` says: "tf32" holds every float16.
     """
     if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
-        return tl.dot(a, b)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        return tl.dot(a, b, to)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), to, input_precision=PRECISION)
 
 
 @triton.jit
@@ -32,77 +35,100 @@ def operand(x, like):
 @triton.jit
 def tile(x, rows, columns, step, height, width):
     """Load rows of numbers that lie side by side; 0 beyond the ``height`` and the ``width``."""
-    there = ((rows >= 0) & (rows < height))[:, None] & (columns < width)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * step + columns[None, :], mask=there, other=0.0)
+    there = (rows < height)[:, None] & (columns < width)[None, :]
+    return tl.load(x + rows[:, None] * step + columns[None, :], mask=there, other=0.0)
 
 
 @triton.jit
-def log2_decay(g, rows, step, height):
-    """Load log decays of one head; 0 (no decay) beyond the end, and nothing below the least normal number."""
-    found = tl.load(g + rows.to(tl.int64) * step, mask=(rows >= 0) & (rows < height), other=0.0).to(tl.float32)
-    return tl.maximum(found * 1.4426950408889634, -126.0)
+def store_tile(x, rows, columns, step, height, width, numbers):
+    """Store what ``tile`` would load."""
+    there = (rows < height)[:, None] & (columns < width)[None, :]
+    tl.store(x + rows[:, None] * step + columns[None, :], numbers.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def steps_of(x, rows, step, height):
+    """Load one number of each step, in float32; 0 beyond the end."""
+    return tl.load(x + rows * step, mask=rows < height, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def log2_decays(g, rows, columns, step, height, width):
-    """Load log decays of some channels of one head, likewise."""
+    """Load log decays of some channels of one head; 0 (no decay) beyond the end, none below the least normal number."""
     return tl.maximum(tile(g, rows, columns, step, height, width).to(tl.float32) * 1.4426950408889634, -126.0)
 
 
 @triton.jit
-def running_sums(log2):
-    """Return the running sums of log decays ``[c]`` in two parts, whose differences are exact to 2⁻²⁴.
+def running_sums(g, high, low, g_batch, g_step, g_head, T, H, CHUNK: tl.constexpr):
+    """Write the running sums in each chunk of log decays ``[b t h]``, padded to whole chunks: ``[b h j c]``.
 
-    The first is of multiples of 2⁻⁸ and has no roundings: |G| ≤ 126 · 256. The second rises, to 1 at most.
+    They come in two parts, whose differences are exact to 2⁻²⁴: the first is of multiples of 2⁻⁸ and has no roundings,
+    |G| ≤ 126 · 256; the second rises, to 1 at most. Without ``low``, the whole is rounded as usual.
     """
-    coarse = tl.floor(log2 * 256.0) * (1.0 / 256.0)
-    return tl.cumsum(coarse, 0), tl.cumsum(log2 - coarse, 0)
+    pair, i, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, CHUNK)
+    first = i.to(tl.int64) * CHUNK
+    log2 = steps_of(g + pair // H * g_batch + pair % H * g_head + first * g_step, rows, g_step, T - i * CHUNK)
+    log2 = tl.maximum(log2 * 1.4426950408889634, -126.0)
+    at = (pair * tl.num_programs(1) + i) * CHUNK + rows
+    if low is not None:
+        coarse = tl.floor(log2 * 256.0) * (1.0 / 256.0)
+        tl.store(low + at, tl.cumsum(log2 - coarse, 0))
+        log2 = coarse
+    tl.store(high + at, tl.cumsum(log2, 0))
 
 
 @triton.jit
-def chunk_factors(g, document, rows, first, step, height, CHUNK: tl.constexpr):
-    """Return what a chunk of one head needs of its decays, and of the documents that its steps are of.
+def sum_between(high, low, later, earlier):
+    """Return a difference of running sums, of the steps ``later`` and ``earlier``; at most 0."""
+    difference = tl.load(high + later) - tl.load(high + earlier)
+    if low is not None:
+        difference += tl.load(low + later) - tl.load(low + earlier)
+    return tl.minimum(difference, 0.0)
+
+
+@triton.jit
+def chunk_factors(high, low, document, first, height, CHUNK: tl.constexpr):
+    """Return what links the steps of a chunk of one head to the states at its ends.
 
     Args:
-        g: The log decays of the head, if any.
+        high: The running sums of the decays in the chunk, if there are any; ``low`` their second part.
         document: The number of starts up to each step, if there are any.
-        rows: The steps of the chunk.
-        first: The first of them.
-        step: The distance of two log decays.
-        height: The number of steps.
+        first: The first step of the chunk.
+        height: The number of steps from there to the end of the sequence.
 
     Returns:
-        The running sums of the decays in two parts, the documents, what is left of the state before the chunk at each
-        step, of each step at the chunk's end, and of the state before it there.
+        What is left of the state before the chunk at each step, of each step at the chunk's end, and of the state
+        before it there.
     """
-    high, low = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    into, out, through = high + 1.0, high + 1.0, tl.sum(high, 0) + 1.0
-    documents = tl.zeros([CHUNK], tl.int32)
-    if g is not None:
-        high, low = running_sums(log2_decay(g, rows, step, height))
-        high_end, low_end = tl.min(high, 0), tl.max(low, 0)
-        into, through = tl.exp2(high + low), tl.exp2(high_end + low_end)
-        out = tl.exp2(tl.minimum((high_end - high) + (low_end - low), 0.0))
+    rows = tl.arange(0, CHUNK)
+    into = tl.full([CHUNK], 1.0, tl.float32)
+    out, through = into, 1.0
+    if high is not None:
+        total, end = tl.load(high + rows), tl.load(high + CHUNK - 1)
+        if low is not None:
+            total, end = total + tl.load(low + rows), end + tl.load(low + CHUNK - 1)
+        into, out, through = tl.exp2(total), tl.exp2(sum_between(high, low, rows * 0 + (CHUNK - 1), rows)), tl.exp2(end)
     if document is not None:
-        documents = tl.load(document + rows, mask=rows < height, other=0)
-        before = tl.load(document + first - 1, mask=first > 0, other=0)
-        last = tl.load(document + tl.minimum(first + CHUNK, height) - 1)
-        into = tl.where(documents == before, into, 0.0)
-        out = tl.where(documents == last, out, 0.0)
+        here = tl.load(document + rows, mask=rows < height, other=0)
+        before = tl.load(document - 1, mask=first > 0, other=0)
+        last = tl.load(document + tl.minimum(CHUNK, height) - 1)
+        into, out = tl.where(here == before, into, 0.0), tl.where(here == last, out, 0.0)
         through = tl.where(before == last, through, 0.0)
-    return high, low, documents, into, out, through
+    return into, out, through
 
 
 @triton.jit
-def chunk_weights(weights, g, document, high, low, documents, CHUNK: tl.constexpr):
+def chunk_weights(weights, high, low, document, height, CHUNK: tl.constexpr):
     """Return ``[t s]`` times e^{G_t − G_s}, for s ≤ t of one document and 0 elsewhere."""
-    steps = tl.arange(0, CHUNK)
-    pairs = steps[:, None] >= steps[None, :]
+    rows = tl.arange(0, CHUNK)
+    t, s = rows[:, None], rows[None, :]
+    pairs = t >= s
     if document is not None:
-        pairs = pairs & (documents[:, None] == documents[None, :])
-    if g is not None:
-        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        weights = weights * tl.exp2(tl.minimum(between, 0.0))
+        inside = rows < height
+        here = tl.load(document + t, mask=inside[:, None], other=0)
+        pairs = pairs & (here == tl.load(document + s, mask=inside[None, :], other=0))
+    if high is not None:
+        weights = weights * tl.exp2(sum_between(high, low, t, s))
     return tl.where(pairs, weights, 0.0)
 
 
@@ -110,12 +136,6 @@ def chunk_weights(weights, g, document, high, low, documents, CHUNK: tl.constexp
 def decayed(x, factor):
     """Return x times a factor, 0 where that is 0: a start forgets what is no number."""
     return tl.where(factor > 0.0, x * factor, 0.0)
-
-
-@triton.jit
-def steps_of(x, rows, step, height):
-    """Load one number of each step, in float32; 0 beyond the end."""
-    return tl.load(x + rows.to(tl.int64) * step, mask=rows < height, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -6,14 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, product, steps_of, tile
+from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, product, steps_of, store_tile, tile
 
 
 @triton.jit
 def walk(
-    v, q, k, g, dt, D, document, scores, through, initial, y, final, kept, left,
-    v_batch, v_step, v_head, q_batch, q_step, q_group, k_batch, k_step, k_group, g_batch, g_step, g_head,
-    dt_batch, dt_step, dt_head, D_head, D_value, T, H, SHARED, K, P, SEGMENT, BETWEEN,
+    v, q, k, high, low, dt, D, document, scores, through, initial, y, final, kept, left,
+    v_batch, v_step, v_head, q_batch, q_step, q_group, k_batch, k_step, k_group, dt_batch, dt_step, dt_head,
+    D_head, D_value, T, H, SHARED, K, P, SEGMENT, BETWEEN,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of a segment with the state of some channels of a head.
@@ -26,6 +26,7 @@ def walk(
     of a state after each chunk as ``through``.
 
     Args:
+        high: Running sums of the decays in chunks ``[b h j c]``, ``low`` their second part: see ``running_sums``.
         initial: States before segments ``[i b h k p]``; zero when absent.
         y: Outputs; none are computed when absent.
         final: The state after the last segment, or the states after all of them if ``left`` is wanted.
@@ -39,60 +40,65 @@ def walk(
     batch, head, pairs = pair // H, pair % H, tl.num_programs(0) // blocks
     group = head // SHARED
     keys, values = tl.arange(0, KEYS), (tl.program_id(0) % blocks) * VALUES + tl.arange(0, VALUES)
-    square = keys.to(tl.int64)[:, None] * P + values[None, :]
-    inside = (keys < K)[:, None] & (values < P)[None, :]
-    v, k, q = v + batch * v_batch + head * v_head, k + batch * k_batch + group * k_group, q
+    v, k = v + batch * v_batch + head * v_head, k + batch * k_batch + group * k_group
+    rows = tl.arange(0, CHUNK)
+    if y is not None:
+        q += batch * q_batch + group * q_group
     state, rest = tl.zeros([KEYS, VALUES], tl.float32), tl.full([KEYS], 1.0, tl.float32)
     if initial is not None:
-        state += tl.load(initial + (segment * pairs + pair) * K * P + square, mask=inside, other=0.0).to(tl.float32)
+        state += tile(initial + (segment * pairs + pair) * K * P, keys, values, P, K, P).to(tl.float32)
     begin, chunks = segment * SEGMENT, tl.cdiv(T, CHUNK)
     many = tl.minimum(SEGMENT, chunks - begin)
     for n in range(0, many):
         i = begin + (many - 1 - n if REVERSE else n)
-        rows = i * CHUNK + tl.arange(0, CHUNK)
+        first = i.to(tl.int64) * CHUNK
+        height = T - i * CHUNK
         if kept is not None:
             if i % BETWEEN == 0:
-                at = kept + ((i // BETWEEN) * pairs + pair) * K * P
-                tl.store(at + square, state.to(kept.dtype.element_ty), mask=inside)
-        v_here, k_here = tile(v, rows, values, v_step, T, P), tile(k, rows, keys, k_step, T, K)
-        g_here = None if g is None else g + batch * g_batch + head * g_head
-        starts = None if document is None else document + batch * T
-        high, low, documents, into, out, kept_on = chunk_factors(g_here, starts, rows, i * CHUNK, g_step, T, CHUNK)
+                store_tile(kept + ((i // BETWEEN) * pairs + pair) * K * P, keys, values, P, K, P, state)
+        v_here = tile(v + first * v_step, rows, values, v_step, height, P)
+        k_here = tile(k + first * k_step, rows, keys, k_step, height, K)
+        high_here = None if high is None else high + (pair * chunks + i) * CHUNK
+        low_here = None if low is None else low + (pair * chunks + i) * CHUNK
+        starts = None if document is None else document + batch * T + first
+        into, out, kept_on = chunk_factors(high_here, low_here, starts, i, height, CHUNK)
         factor = into if REVERSE else out
         if dt is not None:
-            step = steps_of(dt + batch * dt_batch + head * dt_head, rows, dt_step, T)
+            step = steps_of(dt + batch * dt_batch + head * dt_head + first * dt_step, rows, dt_step, height)
             factor = factor * step
         if y is not None:
-            q_here = tile(q + batch * q_batch + group * q_group, rows, keys, q_step, T, K)
+            q_here = tile(q + first * q_step, rows, keys, q_step, height, K)
             if scores is not None:
-                weights = tile(scores + pair * T * CHUNK, rows, tl.arange(0, CHUNK), CHUNK, T, CHUNK).to(tl.float32)
+                weights = tile(scores + (pair * T + first) * CHUNK, rows, rows, CHUNK, height, CHUNK).to(tl.float32)
             else:
                 weights = product(q_here, tl.trans(k_here), PRECISION)
-                weights = chunk_weights(weights, g, document, high, low, documents, CHUNK)
+                weights = chunk_weights(weights, high_here, low_here, starts, height, CHUNK)
             if dt is not None:
                 weights = weights * step[None, :]
-            result = decayed(product(q_here, operand(state, q_here), PRECISION), into[:, None])
-            result += product(operand(weights, v_here), v_here, PRECISION)
+            result = product(q_here, operand(state, q_here), PRECISION)
+            if high is not None or document is not None:
+                result = decayed(result, into[:, None])
+            result = product(operand(weights, v_here), v_here, PRECISION, result)
             if D is not None:
                 skip = tl.load(D + head * D_head + values * D_value, mask=values < P, other=0.0).to(tl.float32)
                 result += skip[None, :] * v_here.to(tl.float32)
-            at = y + ((batch * T + rows)[:, None] * H + head) * P + values[None, :]
-            tl.store(at, result.to(y.dtype.element_ty), mask=(rows < T)[:, None] & (values < P)[None, :])
+            store_tile(y + ((batch * T + first) * H + head) * P, rows, values, H * P, height, P, result)
         kept_on = tl.full([KEYS], 1.0, tl.float32) * kept_on
         if through is not None:
             kept_on = tl.load(through + (pair * chunks + i) * K + keys, mask=keys < K, other=0.0)
         written = operand(v_here.to(tl.float32) * factor[:, None], v_here)
-        state = decayed(state, kept_on[:, None]) + product(tl.trans(k_here), written, PRECISION)
+        if high is not None or document is not None or through is not None:
+            state = decayed(state, kept_on[:, None])
+        state = product(tl.trans(k_here), written, PRECISION, state)
         rest *= kept_on
     if left is not None:
-        tl.store(final + (segment * pairs + pair) * K * P + square, state, mask=inside)
+        store_tile(final + (segment * pairs + pair) * K * P, keys, values, P, K, P, state)
         tl.store(left + (segment * pairs + pair) * K + keys, rest, mask=(keys < K) & (tl.program_id(0) % blocks == 0))
     elif final is not None:
-        if kept is not None and not REVERSE:
-            at = kept + (tl.cdiv(chunks, BETWEEN) * pairs + pair) * K * P
-            tl.store(at + square, state.to(kept.dtype.element_ty), mask=inside & (begin + many == chunks))
-        ends = segment == (0 if REVERSE else tl.num_programs(1) - 1)
-        tl.store(final + pair * K * P + square, state, mask=inside & ends)
+        if segment == (0 if REVERSE else tl.num_programs(1) - 1):
+            store_tile(final + pair * K * P, keys, values, P, K, P, state)
+            if kept is not None and not REVERSE:
+                store_tile(kept + (tl.cdiv(chunks, BETWEEN) * pairs + pair) * K * P, keys, values, P, K, P, state)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from ... import native
 from ..._shapes import Tensor
 from .. import _triton
 from .._triton import Tiles, cdiv, power_of_2
-from . import _triton_by_channel, _triton_by_head, _triton_walk
+from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
 
 _SMALL = dict(CHUNK=16, KEYS=16, VALUES=16, PROGRAMS=12)  # under the interpreter
 _CHUNKS = dict(CHUNK=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
@@ -37,7 +37,7 @@ _WALK = {
     True: _tiles("walk", True, CHUNK=32, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
 }
 _BY_HEAD = {
-    False: _tiles("by_head", False, CHUNK=64, VALUES=64, PROGRAMS=264, num_warps=8, num_stages=1),
+    False: _tiles("by_head", False, CHUNK=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
     True: _tiles("by_head", True, CHUNK=32, VALUES=32, PROGRAMS=264, num_warps=8, num_stages=1),
 }
 _BY_CHANNEL = {
@@ -122,7 +122,7 @@ def linear_attention_backward(
     heads, values = v.shape[2:]
     grad_D = None if D is None else v.new_empty((v.shape[0], chunks, heads, values), dtype=torch.float32)
     if prepared is None:
-        grad_q, grad_k, grad_g = _by_head(given, chunk, grad, states, later, grad_v, grad_dt, grad_D)
+        grad_q, grad_k, grad_g = _by_head(given, chunk, walk.sums, grad, states, later, grad_v, grad_dt, grad_D)
     else:
         grad_q, grad_k, grad_g = _by_channel(given, chunk, prepared, grad, states, later, grad_v, grad_dt, grad_D)
     if D is not None and grad_D is not None:
@@ -200,6 +200,19 @@ class _Given:
             CHANNELS=self.by_channel, KEYS=power_of_2(self.keys), **use,
         )  # fmt: skip
 
+    def sums(self, chunk: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the running sums in chunks of decays per head in two parts; see ``_triton_chunks.running_sums``."""
+        if self.g is None or self.by_channel:
+            return None, None
+        shape = (self.batch, self.heads, cdiv(self.length, chunk), chunk)
+        high = self.v.new_empty(shape, dtype=torch.float32)
+        low = None if self.narrow else torch.empty_like(high)
+        _triton.launch(
+            _triton_chunks.running_sums, (self.batch * self.heads, shape[2]),
+            self.g, high, low, *self.strides("g"), self.length, self.heads, CHUNK=chunk, num_warps=1,
+        )  # fmt: skip
+        return high, low
+
     def prepared(self, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Return scores, queries and keys with their factors, and what is left of states, where decays are per
         channel; see ``_triton_by_channel.prepare``."""
@@ -235,11 +248,12 @@ class _Walk:
         self, given: _Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None
     ) -> None:
         self.given, self.chunk, self.chunks = given, chunk, cdiv(given.length, chunk)
-        self.q, self.k, self.g, self.shared = given.q, given.k, given.g, given.shared
+        self.q, self.k, self.shared = given.q, given.k, given.shared
+        self.sums = given.sums(chunk)
         self.scores = self.through = None
         if prepared is not None:
             self.scores, self.q, self.k, self.through = prepared
-            self.g, self.shared = None, 1
+            self.shared = 1
 
     def forward(self, initial: Tensor | None, y: Tensor, final: Tensor, kept: Tensor | None, keep: int) -> None:
         """Write outputs, the final state and the states around tiles of ``keep`` steps."""
@@ -300,12 +314,12 @@ class _Walk:
         given, use = self.given, self._use()
         outputs = y is not None
         q, k = (self.q if outputs else None), (self.q if reverse else self.k)
-        strides = (n for x in (v, q, k, self.g, dt) for n in ((0, 0, 0) if x is None else x.stride()[:3]))
+        strides = (n for x in (v, q, k, dt) for n in ((0, 0, 0) if x is None else x.stride()[:3]))
         D, skips = (given.D, given.skips()) if outputs else (None, (0, 0))
         pairs = given.batch * given.heads
         _triton.launch(
             _triton_walk.walk, (pairs * cdiv(given.values, use["VALUES"]), max(1, cdiv(self.chunks, segment))),
-            v, q, k, self.g, dt, D, given.document, self.scores if outputs else None, self.through,
+            v, q, k, *self.sums, dt, D, given.document, self.scores if outputs else None, self.through,
             initial, y, final, kept, left, *strides, *skips,
             given.length, given.heads, self.shared, given.keys, given.values, segment, between,
             CHUNK=self.chunk, KEYS=power_of_2(given.keys, 16), VALUES=use["VALUES"], REVERSE=reverse,
@@ -316,6 +330,7 @@ class _Walk:
 def _by_head(
     given: _Given,
     chunk: int,
+    sums: tuple[Tensor | None, Tensor | None],
     grad: Tensor,
     states: Tensor,
     later: Tensor,
@@ -337,9 +352,9 @@ def _by_head(
         grad_g = grad_g.float() if given.fixed else grad_g
     _triton.launch(
         _triton_by_head.gradients, (given.batch * given.groups * pieces, chunks),
-        grad, given.q, given.k, given.v, given.g, given.dt, given.D, given.document, states, later,
+        grad, given.q, given.k, given.v, *sums, given.dt, given.D, given.document, states, later,
         grad_q, grad_k, grad_v, grad_g, grad_dt, grad_D,
-        *grad.stride()[:3], *given.strides("q", "k", "v", "g", "dt"), *given.skips(),
+        *grad.stride()[:3], *given.strides("q", "k", "v", "dt"), *given.skips(),
         given.length, given.heads, given.groups, given.keys, given.values, pieces,
         FIXED=given.fixed, CHUNK=chunk, KEYS=power_of_2(given.keys, 16),
         VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
