@@ -28,7 +28,7 @@ from ._triton_chunks import (
 @triton.jit
 def prepare(
     q, k, g, document, scores, q_into, k_out, through,
-    q_batch, q_step, q_group, k_batch, k_step, k_group, g_batch, g_step, g_head, T, H, SHARED, K,
+    q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, g_batch, g_step: tl.constexpr, g_head, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write what lies between the steps of each chunk, and queries and keys with what links them to its ends.
@@ -80,7 +80,7 @@ def prepare(
 @triton.jit
 def value_gradients(
     dy, v, dt, D, document, scores, k_out, later, d_scores, dv, ddt, dD,
-    dy_batch, dy_step, dy_head, v_batch, v_step, v_head, dt_batch, dt_step, dt_head, D_head, D_value, T, H, K, P,
+    dy_batch, dy_step: tl.constexpr, dy_head, v_batch, v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr, dt_head, D_head, D_value: tl.constexpr, T, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of v, Δ and D, and that of the scores (times Δ), from what ``prepare`` writes.
@@ -123,7 +123,7 @@ def value_gradients(
 
 @triton.jit
 def through_states(
-    dy, v, states, later, step, rows, keys, dy_step, v_step, height, K, P,
+    dy, v, states, later, step, rows, keys, dy_step: tl.constexpr, v_step: tl.constexpr, height, K: tl.constexpr, P: tl.constexpr,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return S ∂y_t and Δ_s L v_s, ``[c k]``, and the sums of S ∘ L over values, ``[k]``."""
@@ -141,7 +141,7 @@ def through_states(
 
 @triton.jit
 def through_near_scores(
-    q, k, g, d_scores, rows, keys, q_step, k_step, g_step, height, K,
+    q, k, g, d_scores, rows, keys, q_step: tl.constexpr, k_step: tl.constexpr, g_step: tl.constexpr, height, K: tl.constexpr,
     CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Return what q and k change through the scores within sub-blocks, and the log decays from the beginning of each
@@ -164,8 +164,8 @@ def through_near_scores(
 @triton.jit
 def key_gradients(
     dy, q, k, v, g, dt, document, d_scores, states, later, dq, dk, dg,
-    dy_batch, dy_step, dy_head, q_batch, q_step, q_group, k_batch, k_step, k_group, v_batch, v_step, v_head,
-    g_batch, g_step, g_head, dt_batch, dt_step, dt_head, T, H, SHARED, K, P,
+    dy_batch, dy_step: tl.constexpr, dy_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, v_batch, v_step: tl.constexpr, v_head,
+    g_batch, g_step: tl.constexpr, g_head, dt_batch, dt_step: tl.constexpr, dt_head, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of q, k and the log decays for some key channels of a chunk, each ``[b t h k]``.

@@ -12,8 +12,8 @@ from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, prod
 @triton.jit
 def walk(
     v, q, k, high, low, dt, D, document, scores, through, initial, y, final, kept, left,
-    v_batch, v_step, v_head, q_batch, q_step, q_group, k_batch, k_step, k_group, dt_batch, dt_step, dt_head,
-    D_head, D_value, T, H, SHARED, K, P, SEGMENT, BETWEEN,
+    v_batch, v_step: tl.constexpr, v_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, dt_batch, dt_step: tl.constexpr, dt_head,
+    D_head, D_value: tl.constexpr, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, SEGMENT, BETWEEN,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of a segment with the state of some channels of a head.
@@ -128,8 +128,8 @@ def combine(states, left, initial, MANY, K, P, REVERSE: tl.constexpr, BLOCK: tl.
 @triton.jit
 def step(
     v, q, k, g, dt, D, document, initial, y, final,
-    v_batch, v_head, q_batch, q_group, k_batch, k_group, g_batch, g_head, dt_batch, dt_head, D_head, D_value,
-    H, SHARED, K, P, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    v_batch, v_head, q_batch, q_group, k_batch, k_group, g_batch, g_head, dt_batch, dt_head, D_head, D_value: tl.constexpr,
+    H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Take one step: S ← e^g S + k (Δ v)ᵀ, y = Sᵀ q + D v. A program reads its part of the state before it writes it."""
     blocks = tl.cdiv(P, VALUES)

@@ -33,12 +33,12 @@ def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
 
 # By whether float32 is multiplied.
 _WALK = {
-    False: _tiles("walk", False, CHUNK=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=2),
+    False: _tiles("walk", False, CHUNK=64, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
     True: _tiles("walk", True, CHUNK=32, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
 }
 _BY_HEAD = {
-    False: _tiles("by_head", False, CHUNK=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
-    True: _tiles("by_head", True, CHUNK=32, VALUES=32, PROGRAMS=264, num_warps=8, num_stages=1),
+    False: _tiles("by_head", False, CHUNK=64, KEYS=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
+    True: _tiles("by_head", True, CHUNK=32, KEYS=64, VALUES=32, PROGRAMS=264, num_warps=8, num_stages=1),
 }
 _BY_CHANNEL = {
     False: _tiles("by_channel", False, CHUNK=64, KEYS=64, VALUES=64, num_warps=8, num_stages=1),
@@ -340,25 +340,32 @@ def _by_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and log_decay, and write the others."""
     chunks, use = cdiv(given.length, chunk), _BY_HEAD[given.exact](given.v, keys=given.keys, values=given.values)
-    programs = given.batch * given.groups * chunks
+    options = dict(
+        CHUNK=chunk, VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
+        num_warps=use["num_warps"], num_stages=use["num_stages"],
+    )  # fmt: skip
+    grad_g = None
+    if given.g is not None:
+        shape = (given.batch, chunks if given.fixed else given.length, given.heads)
+        grad_g = given.g.new_empty(shape, dtype=torch.float32 if given.fixed else given.g.dtype)
+    width, strides = power_of_2(given.keys, 16), (*grad.stride()[:3], *given.strides("q", "k", "v", "dt"))
+    _triton.launch(
+        _triton_by_head.value_gradients, (given.batch * given.heads, chunks),
+        grad, given.q, given.k, given.v, *sums, given.dt, given.D, given.document, states, later,
+        grad_v, grad_g, grad_dt, grad_D, *strides, *given.skips(),
+        given.length, given.heads, given.shared, given.keys, given.values, FIXED=given.fixed, KEYS=width, **options,
+    )  # fmt: skip
+    keys = min(use["KEYS"], width)
+    programs = given.batch * given.groups * chunks * cdiv(given.keys, keys)
     # Into how many pieces the heads of a group are cut, where groups and chunks are few: their sums are added up after.
     divisors = (n for n in range(1, given.shared + 1) if given.shared % n == 0)
     pieces = next((n for n in divisors if n * programs >= use["PROGRAMS"]), given.shared)
-    shape = (pieces, given.batch, given.length, given.groups, given.keys)
-    grad_q, grad_k = (x.new_empty(shape, dtype=x.dtype if pieces == 1 else torch.float32) for x in (given.q, given.k))
-    grad_g = None
-    if given.g is not None:
-        grad_g = given.g.new_empty((given.batch, chunks if given.fixed else given.length, given.heads))
-        grad_g = grad_g.float() if given.fixed else grad_g
+    parts = (pieces, given.batch, given.length, given.groups, given.keys)
+    grad_q, grad_k = (x.new_empty(parts, dtype=x.dtype if pieces == 1 else torch.float32) for x in (given.q, given.k))
     _triton.launch(
-        _triton_by_head.gradients, (given.batch * given.groups * pieces, chunks),
-        grad, given.q, given.k, given.v, *sums, given.dt, given.D, given.document, states, later,
-        grad_q, grad_k, grad_v, grad_g, grad_dt, grad_D,
-        *grad.stride()[:3], *given.strides("q", "k", "v", "dt"), *given.skips(),
-        given.length, given.heads, given.groups, given.keys, given.values, pieces,
-        FIXED=given.fixed, CHUNK=chunk, KEYS=power_of_2(given.keys, 16),
-        VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
-        num_warps=use["num_warps"], num_stages=use["num_stages"],
+        _triton_by_head.key_gradients, (given.batch * given.groups * pieces * cdiv(given.keys, keys), chunks),
+        grad, given.q, given.k, given.v, *sums, given.dt, given.document, states, later, grad_q, grad_k, *strides,
+        given.length, given.heads, given.groups, given.keys, given.values, pieces, KEYS=keys, **options,
     )  # fmt: skip
     if given.g is not None and grad_g is not None and given.fixed:
         grad_g = grad_g.sum((0, 1)).to(given.g.dtype)
