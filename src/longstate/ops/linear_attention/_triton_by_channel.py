@@ -1,3 +1,4 @@
+# ruff: noqa: ANN
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of what differs where each key channel has a decay of its own: scores, and gradients of q, k and decays.
 
@@ -43,7 +44,10 @@ def prepare(
     pair = tl.program_id(0).to(tl.int64)
     batch, head, group = pair // H, pair % H, pair % H // SHARED
     first, height, rows = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK)
-    q, k = q + batch * q_batch + group * q_group + first * q_step, k + batch * k_batch + group * k_group + first * k_step
+    q, k = (
+        q + batch * q_batch + group * q_group + first * q_step,
+        k + batch * k_batch + group * k_group + first * k_step,
+    )
     g += batch * g_batch + head * g_head + first * g_step
     local, block = rows % SUB, (rows // SUB)[:, None]
     starts = None if document is None else document + batch * T + first
@@ -55,7 +59,10 @@ def prepare(
         log2 = log2_decays(g, rows, keys, g_step, height, K)
         to, since = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
         for j in range(0, SUB):
-            earlier, after = tl.where(local >= j, rows - j, NOWHERE), tl.where(local + j + 1 < SUB, rows + j + 1, NOWHERE)
+            earlier, after = (
+                tl.where(local >= j, rows - j, NOWHERE),
+                tl.where(local + j + 1 < SUB, rows + j + 1, NOWHERE),
+            )
             other = tile(k, earlier, keys, k_step, height, K).to(tl.float32)
             found = tl.sum(q_here.to(tl.float32) * other * tl.exp2(to), 1)
             weights += tl.where(rows[None, :] == rows[:, None] - j, found[:, None], 0.0)
@@ -92,7 +99,10 @@ def value_gradients(
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     batch, head = pair // H, pair % H
     first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
-    dy, v = dy + batch * dy_batch + head * dy_head + first * dy_step, v + batch * v_batch + head * v_head + first * v_step
+    dy, v = (
+        dy + batch * dy_batch + head * dy_head + first * dy_step,
+        v + batch * v_batch + head * v_head + first * v_step,
+    )
     starts = None if document is None else document + batch * T + first
     step = tl.full([CHUNK], 1.0, tl.float32)
     if dt is not None:
@@ -179,9 +189,15 @@ def key_gradients(
     keys = (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
     first, height, rows, group = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), head // SHARED
     block, at = (rows // SUB)[:, None], (i * pairs + pair) * K * P
-    q, k = q + batch * q_batch + group * q_group + first * q_step, k + batch * k_batch + group * k_group + first * k_step
+    q, k = (
+        q + batch * q_batch + group * q_group + first * q_step,
+        k + batch * k_batch + group * k_group + first * k_step,
+    )
     g, d_scores = g + batch * g_batch + head * g_head + first * g_step, d_scores + (pair * T + first) * CHUNK
-    dy, v = dy + batch * dy_batch + head * dy_head + first * dy_step, v + batch * v_batch + head * v_head + first * v_step
+    dy, v = (
+        dy + batch * dy_batch + head * dy_head + first * dy_step,
+        v + batch * v_batch + head * v_head + first * v_step,
+    )
     step = tl.full([CHUNK], 1.0, tl.float32)
     if dt is not None:
         step = steps_of(dt + batch * dt_batch + head * dt_head + first * dt_step, rows, dt_step, height)

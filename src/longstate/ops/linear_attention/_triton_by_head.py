@@ -1,3 +1,4 @@
+# ruff: noqa: ANN
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of the gradients where all key channels of a head decay alike.
 
@@ -36,7 +37,10 @@ def value_gradients(
     pair, pairs, i, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
     batch, head, group = pair // H, pair % H, pair % H // SHARED
     first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
-    dy, v = dy + batch * dy_batch + head * dy_head + first * dy_step, v + batch * v_batch + head * v_head + first * v_step
+    dy, v = (
+        dy + batch * dy_batch + head * dy_head + first * dy_step,
+        v + batch * v_batch + head * v_head + first * v_step,
+    )
     q_here = tile(q + batch * q_batch + group * q_group + first * q_step, rows, keys, q_step, height, K)
     k_here = tile(k + batch * k_batch + group * k_group + first * k_step, rows, keys, k_step, height, K)
     high_here = None if high is None else high + (pair * chunks + i) * CHUNK

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN
 # mypy: disable-error-code="no-untyped-def"
 """What kernels over chunks share: decays between the steps of a chunk, and tiles of its arguments.
 
@@ -10,7 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import _triton
 
+
+INTERPRETED = tl.constexpr(_triton.interpreted)  # there, bfloat16 is not multiplied
 NOWHERE = tl.constexpr(1 << 30)  # a step that is beyond the end of every chunk
 
 
@@ -21,7 +25,7 @@ def product(a, b, PRECISION: tl.constexpr, to=None):
     Two of bfloat16 are multiplied as they are. Others are first written as float32, and multiplied as exactly as
     ``PRECISION`` says: "tf32" holds every float16.
     """
-    if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+    if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16 and not INTERPRETED:
         return tl.dot(a, b, to)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), to, input_precision=PRECISION)
 

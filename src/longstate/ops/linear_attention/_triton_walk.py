@@ -1,3 +1,4 @@
+# ruff: noqa: ANN
 # mypy: disable-error-code="no-untyped-def"
 """The kernels that carry a state through time: over chunks, between segments, and one step."""
 
@@ -131,7 +132,8 @@ def step(
     v_batch, v_head, q_batch, q_group, k_batch, k_group, g_batch, g_head, dt_batch, dt_head, D_head, D_value: tl.constexpr,
     H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Take one step: S ← e^g S + k (Δ v)ᵀ, y = Sᵀ q + D v. A program reads its part of the state before it writes it."""
+    """Take one step: S ← e^g S + k (Δ v)ᵀ, y = Sᵀ q + D v. A program reads its part of the state before it writes
+    it."""
     blocks = tl.cdiv(P, VALUES)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // H, pair % H

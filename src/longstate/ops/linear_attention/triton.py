@@ -19,7 +19,7 @@ from .._triton import Tiles, cdiv, power_of_2
 from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
 
 _SMALL = dict(CHUNK=16, KEYS=16, VALUES=16, PROGRAMS=12)  # under the interpreter
-_CHUNKS = dict(CHUNK=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+_CHUNKS = dict(CHUNK=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
 def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
@@ -34,15 +34,15 @@ def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
 # By whether float32 is multiplied.
 _WALK = {
     False: _tiles("walk", False, CHUNK=64, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
-    True: _tiles("walk", True, CHUNK=32, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
+    True: _tiles("walk", True, CHUNK=16, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
 }
 _BY_HEAD = {
     False: _tiles("by_head", False, CHUNK=64, KEYS=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
-    True: _tiles("by_head", True, CHUNK=32, KEYS=64, VALUES=32, PROGRAMS=264, num_warps=8, num_stages=1),
+    True: _tiles("by_head", True, CHUNK=16, KEYS=64, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
 }
 _BY_CHANNEL = {
     False: _tiles("by_channel", False, CHUNK=64, KEYS=64, VALUES=64, num_warps=8, num_stages=1),
-    True: _tiles("by_channel", True, CHUNK=32, KEYS=32, VALUES=32, num_warps=8, num_stages=1),
+    True: _tiles("by_channel", True, CHUNK=32, KEYS=16, VALUES=16, num_warps=8, num_stages=1),
 }
 _STEP = Tiles(
     "linear_attention.step",
@@ -244,9 +244,7 @@ def _sub(chunk: int) -> int:
 class _Walk:
     """What walks over the chunks of given arguments."""
 
-    def __init__(
-        self, given: _Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    ) -> None:
+    def __init__(self, given: _Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> None:
         self.given, self.chunk, self.chunks = given, chunk, cdiv(given.length, chunk)
         self.q, self.k, self.shared = given.q, given.k, given.shared
         self.sums = given.sums(chunk)
