@@ -1,4 +1,4 @@
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of what differs where each key channel has a decay of its own: scores, and gradients of q, k and decays.
 
@@ -28,9 +28,10 @@ from ._triton_chunks import (
 
 @triton.jit
 def prepare(
-    q, k, g, document, scores, q_into, k_out, through,
-    q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, g_batch, g_step: tl.constexpr, g_head, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, g, document, scores, q_into, k_out, through, q_batch, q_step: tl.constexpr, q_group, k_batch,
+    k_step: tl.constexpr, k_group, g_batch, g_step: tl.constexpr, g_head, T, H: tl.constexpr,
+    SHARED: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write what lies between the steps of each chunk, and queries and keys with what links them to its ends.
 
@@ -58,7 +59,7 @@ def prepare(
         q_here, k_here = tile(q, rows, keys, q_step, height, K), tile(k, rows, keys, k_step, height, K)
         log2 = log2_decays(g, rows, keys, g_step, height, K)
         to, since = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
-        for j in range(0, SUB):
+        for j in range(SUB):
             earlier, after = (
                 tl.where(local >= j, rows - j, NOWHERE),
                 tl.where(local + j + 1 < SUB, rows + j + 1, NOWHERE),
@@ -86,9 +87,10 @@ def prepare(
 
 @triton.jit
 def value_gradients(
-    dy, v, dt, D, document, scores, k_out, later, d_scores, dv, ddt, dD,
-    dy_batch, dy_step: tl.constexpr, dy_head, v_batch, v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr, dt_head, D_head, D_value: tl.constexpr, T, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    dy, v, dt, D, document, scores, k_out, later, d_scores, dv, ddt, dD, dy_batch, dy_step: tl.constexpr,
+    dy_head, v_batch, v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr, dt_head, D_head,
+    D_value: tl.constexpr, T, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of v, Δ and D, and that of the scores (times Δ), from what ``prepare`` writes.
 
@@ -133,8 +135,8 @@ def value_gradients(
 
 @triton.jit
 def through_states(
-    dy, v, states, later, step, rows, keys, dy_step: tl.constexpr, v_step: tl.constexpr, height, K: tl.constexpr, P: tl.constexpr,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    dy, v, states, later, step, rows, keys, dy_step: tl.constexpr, v_step: tl.constexpr, height, K: tl.constexpr,
+    P: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return S ∂y_t and Δ_s L v_s, ``[c k]``, and the sums of S ∘ L over values, ``[k]``."""
     from_S, from_L = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
@@ -151,8 +153,8 @@ def through_states(
 
 @triton.jit
 def through_near_scores(
-    q, k, g, d_scores, rows, keys, q_step: tl.constexpr, k_step: tl.constexpr, g_step: tl.constexpr, height, K: tl.constexpr,
-    CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr,
+    q, k, g, d_scores, rows, keys, q_step: tl.constexpr, k_step: tl.constexpr, g_step: tl.constexpr, height,
+    K: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Return what q and k change through the scores within sub-blocks, and the log decays from the beginning of each
     step's sub-block to it and from it to the end."""
@@ -160,7 +162,7 @@ def through_near_scores(
     to, since = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
     dq, dk = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
     at = d_scores + rows * (CHUNK + 1)
-    for j in range(0, SUB):
+    for j in range(SUB):
         earlier, after = tl.where(local >= j, rows - j, NOWHERE), tl.where(local + j < SUB, rows + j, NOWHERE)
         M = tl.load(at - j, mask=(local >= j) & (rows < height), other=0.0).to(tl.float32)
         dq += M[:, None] * tl.exp2(to) * tile(k, earlier, keys, k_step, height, K).to(tl.float32)
@@ -173,10 +175,11 @@ def through_near_scores(
 
 @triton.jit
 def key_gradients(
-    dy, q, k, v, g, dt, document, d_scores, states, later, dq, dk, dg,
-    dy_batch, dy_step: tl.constexpr, dy_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, v_batch, v_step: tl.constexpr, v_head,
-    g_batch, g_step: tl.constexpr, g_head, dt_batch, dt_step: tl.constexpr, dt_head, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    CHUNK: tl.constexpr, SUB: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    dy, q, k, v, g, dt, document, d_scores, states, later, dq, dk, dg, dy_batch, dy_step: tl.constexpr,
+    dy_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, v_batch,
+    v_step: tl.constexpr, v_head, g_batch, g_step: tl.constexpr, g_head, dt_batch, dt_step: tl.constexpr,
+    dt_head, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    SUB: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of q, k and the log decays for some key channels of a chunk, each ``[b t h k]``.
 

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of the gradients where all key channels of a head decay alike.
 
@@ -17,15 +17,16 @@ from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, prod
 
 @triton.jit
 def value_gradients(
-    dy, q, k, v, high, low, dt, D, document, states, later, dv, dg, ddt, dD,
-    dy_batch, dy_step: tl.constexpr, dy_head, q_batch, q_step: tl.constexpr, q_group,
-    k_batch, k_step: tl.constexpr, k_group, v_batch, v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr,
-    dt_head, D_head, D_value: tl.constexpr, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    FIXED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    dy, q, k, v, high, low, dt, D, document, states, later, dv, dg, ddt, dD, dy_batch, dy_step: tl.constexpr,
+    dy_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, v_batch,
+    v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr, dt_head, D_head, D_value: tl.constexpr, T,
+    H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, FIXED: tl.constexpr,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of v, the log decays, Δ and D, of a chunk and head.
 
-    With W = M ∘ (q kᵀ), ∂G_t is what y_t is sensitive to less what v_t is, Σ_s W_ts Δ_s + e^{G_t} q_t S ∂y_t − Δ_t v_t ·
+    With W = M ∘ (q kᵀ), ∂G_t is what y_t is sensitive to less what v_t is,
+    Σ_s W_ts Δ_s + e^{G_t} q_t S ∂y_t − Δ_t v_t ·
     ∂(Δ_t v_t); and at the chunk's end, what L is. A log decay is in all later sums of its chunk.
 
     Args:
@@ -89,11 +90,11 @@ def value_gradients(
 
 @triton.jit
 def key_gradients(
-    dy, q, k, v, high, low, dt, document, states, later, dq, dk,
-    dy_batch, dy_step: tl.constexpr, dy_head, q_batch, q_step: tl.constexpr, q_group,
-    k_batch, k_step: tl.constexpr, k_group, v_batch, v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr,
-    dt_head, T, H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PIECES: tl.constexpr,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    dy, q, k, v, high, low, dt, document, states, later, dq, dk, dy_batch, dy_step: tl.constexpr, dy_head,
+    q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, v_batch,
+    v_step: tl.constexpr, v_head, dt_batch, dt_step: tl.constexpr, dt_head, T, H: tl.constexpr,
+    GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of some channels of q and k in a chunk: sums over the heads of a piece of a group.
 
@@ -110,7 +111,7 @@ def key_gradients(
     k_here = tile(k + batch * k_batch + group * k_group + first * k_step, rows, keys, k_step, height, K)
     starts = None if document is None else document + batch * T + first
     dq_here, dk_here = tl.zeros([CHUNK, KEYS], tl.float32), tl.zeros([CHUNK, KEYS], tl.float32)
-    for n in range(0, H // GROUPS // PIECES):
+    for n in range(H // GROUPS // PIECES):
         head = (group * PIECES + piece) * (H // GROUPS // PIECES) + n
         at = ((batch * H + head) * chunks + i) * CHUNK
         high_here, low_here = None if high is None else high + at, None if low is None else low + at

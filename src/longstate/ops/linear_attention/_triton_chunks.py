@@ -1,4 +1,4 @@
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """What kernels over chunks share: decays between the steps of a chunk, and tiles of its arguments.
 
@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from .. import _triton
-
 
 INTERPRETED = tl.constexpr(_triton.interpreted)  # there, bfloat16 is not multiplied
 NOWHERE = tl.constexpr(1 << 30)  # a step that is beyond the end of every chunk

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN
+# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels that carry a state through time: over chunks, between segments, and one step."""
 
@@ -12,10 +12,11 @@ from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, prod
 
 @triton.jit
 def walk(
-    v, q, k, high, low, dt, D, document, scores, through, initial, y, final, kept, left,
-    v_batch, v_step: tl.constexpr, v_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group, dt_batch, dt_step: tl.constexpr, dt_head,
-    D_head, D_value: tl.constexpr, T, H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, SEGMENT, BETWEEN,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    v, q, k, high, low, dt, D, document, scores, through, initial, y, final, kept, left, v_batch,
+    v_step: tl.constexpr, v_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group,
+    dt_batch, dt_step: tl.constexpr, dt_head, D_head, D_value: tl.constexpr, T, H: tl.constexpr,
+    SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, SEGMENT, BETWEEN, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of a segment with the state of some channels of a head.
 
@@ -50,7 +51,7 @@ def walk(
         state += tile(initial + (segment * pairs + pair) * K * P, keys, values, P, K, P).to(tl.float32)
     begin, chunks = segment * SEGMENT, tl.cdiv(T, CHUNK)
     many = tl.minimum(SEGMENT, chunks - begin)
-    for n in range(0, many):
+    for n in range(many):
         i = begin + (many - 1 - n if REVERSE else n)
         first = i.to(tl.int64) * CHUNK
         height = T - i * CHUNK
@@ -118,7 +119,7 @@ def combine(states, left, initial, MANY, K, P, REVERSE: tl.constexpr, BLOCK: tl.
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state = tl.load(initial + pair * K * P + number, mask=inside, other=0.0).to(tl.float32)
-    for n in range(0, MANY):
+    for n in range(MANY):
         at = (MANY - 1 - n if REVERSE else n) * pairs + pair
         added = tl.load(states + at * K * P + number, mask=inside, other=0.0)
         factor = tl.load(left + at * K + number // P, mask=inside, other=0.0)
@@ -128,9 +129,9 @@ def combine(states, left, initial, MANY, K, P, REVERSE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def step(
-    v, q, k, g, dt, D, document, initial, y, final,
-    v_batch, v_head, q_batch, q_group, k_batch, k_group, g_batch, g_head, dt_batch, dt_head, D_head, D_value: tl.constexpr,
-    H: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    v, q, k, g, dt, D, document, initial, y, final, v_batch, v_head, q_batch, q_group, k_batch, k_group,
+    g_batch, g_head, dt_batch, dt_head, D_head, D_value: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
+    K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Take one step: S ← e^g S + k (Δ v)ᵀ, y = Sᵀ q + D v. A program reads its part of the state before it writes
     it."""

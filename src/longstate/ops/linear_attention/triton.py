@@ -19,16 +19,18 @@ from .._triton import Tiles, cdiv, power_of_2
 from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
 
 _SMALL = dict(CHUNK=16, KEYS=16, VALUES=16, PROGRAMS=12)  # under the interpreter
-_CHUNKS = dict(CHUNK=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+_CHUNKS: dict[str, tuple[int, ...]] = dict(CHUNK=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
 def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
     """Declare tiles of a kernel; of its form that multiplies float32, which has a row of its own in the table."""
     name = f"linear_attention.{kernel}" + (".float32" if exact else "")
-    space = {name: (size // 2, size, 2 * size) for name, size in default.items() if name in ("KEYS", "VALUES")}
+    space = dict(_CHUNKS)
+    space |= {name: (size // 2, size, 2 * size) for name, size in default.items() if name in ("KEYS", "VALUES")}
+    if "PROGRAMS" in default:
+        space["PROGRAMS"] = (132, 264, 528)
     small = {name: size for name, size in _SMALL.items() if name in default}
-    programs = {"PROGRAMS": (132, 264, 528)} if "PROGRAMS" in default else {}
-    return Tiles(kernel=name, default=default, interpreter=small, space=_CHUNKS | space | programs)
+    return Tiles(kernel=name, default=default, interpreter=small, space=space)
 
 
 # By whether float32 is multiplied.
