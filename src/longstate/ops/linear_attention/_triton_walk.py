@@ -11,6 +11,24 @@ from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, prod
 
 
 @triton.jit
+def outputs(
+    q, k, v, state, scores, high, low, document, into, step, height, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return Σ_{s≤t} P_ts v_s + e^{G_t} q_t S for the steps of a chunk; see ``walk``."""
+    rows = tl.arange(0, CHUNK)
+    if scores is not None:
+        weights = tile(scores, rows, rows, CHUNK, height, CHUNK).to(tl.float32)
+    else:
+        weights = chunk_weights(product(q, tl.trans(k), PRECISION), high, low, document, height, CHUNK)
+    if step is not None:
+        weights = weights * step[None, :]
+    result = product(q, operand(state, q), PRECISION)
+    if high is not None or document is not None:
+        result = decayed(result, into[:, None])
+    return product(operand(weights, v), v, PRECISION, result)
+
+
+@triton.jit
 def walk(
     v, q, k, high, low, dt, D, document, scores, through, initial, y, final, kept, left, v_batch,
     v_step: tl.constexpr, v_head, q_batch, q_step: tl.constexpr, q_group, k_batch, k_step: tl.constexpr, k_group,
@@ -70,17 +88,11 @@ def walk(
             factor = factor * step
         if y is not None:
             q_here = tile(q + first * q_step, rows, keys, q_step, height, K)
-            if scores is not None:
-                weights = tile(scores + (pair * T + first) * CHUNK, rows, rows, CHUNK, height, CHUNK).to(tl.float32)
-            else:
-                weights = product(q_here, tl.trans(k_here), PRECISION)
-                weights = chunk_weights(weights, high_here, low_here, starts, height, CHUNK)
-            if dt is not None:
-                weights = weights * step[None, :]
-            result = product(q_here, operand(state, q_here), PRECISION)
-            if high is not None or document is not None:
-                result = decayed(result, into[:, None])
-            result = product(operand(weights, v_here), v_here, PRECISION, result)
+            at = None if scores is None else scores + (pair * T + first) * CHUNK
+            factors = None if dt is None else step
+            result = outputs(
+                q_here, k_here, v_here, state, at, high_here, low_here, starts, into, factors, height, CHUNK, PRECISION
+            )
             if D is not None:
                 skip = tl.load(D + head * D_head + values * D_value, mask=values < P, other=0.0).to(tl.float32)
                 result += skip[None, :] * v_here.to(tl.float32)

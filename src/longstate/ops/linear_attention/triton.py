@@ -17,47 +17,7 @@ from ..._shapes import Tensor
 from .. import _triton
 from .._triton import Tiles, cdiv, power_of_2
 from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
-
-_SMALL = dict(CHUNK=16, KEYS=16, VALUES=16, PROGRAMS=12)  # under the interpreter
-_CHUNKS: dict[str, tuple[int, ...]] = dict(CHUNK=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
-
-
-def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
-    """Declare tiles of a kernel; of its form that multiplies float32, which has a row of its own in the table."""
-    name = f"linear_attention.{kernel}" + (".float32" if exact else "")
-    space = dict(_CHUNKS)
-    space |= {name: (size // 2, size, 2 * size) for name, size in default.items() if name in ("KEYS", "VALUES")}
-    if "PROGRAMS" in default:
-        space["PROGRAMS"] = (132, 264, 528)
-    small = {name: size for name, size in _SMALL.items() if name in default}
-    return Tiles(kernel=name, default=default, interpreter=small, space=space)
-
-
-# By whether float32 is multiplied.
-_WALK = {
-    False: _tiles("walk", False, CHUNK=64, VALUES=32, PROGRAMS=264, num_warps=4, num_stages=2),
-    True: _tiles("walk", True, CHUNK=16, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
-}
-_BY_HEAD = {
-    False: _tiles("by_head", False, CHUNK=64, KEYS=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
-    True: _tiles("by_head", True, CHUNK=16, KEYS=64, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
-}
-_BY_CHANNEL = {
-    False: _tiles("by_channel", False, CHUNK=64, KEYS=64, VALUES=64, num_warps=8, num_stages=1),
-    True: _tiles("by_channel", True, CHUNK=32, KEYS=16, VALUES=16, num_warps=8, num_stages=1),
-}
-_STEP = Tiles(
-    "linear_attention.step",
-    default=dict(VALUES=16, num_warps=4),
-    interpreter=dict(VALUES=16),
-    space=dict(VALUES=(8, 16, 32, 64), num_warps=(1, 2, 4, 8)),
-)
-_COMBINE = Tiles(
-    "linear_attention.combine",
-    default=dict(BLOCK=512, num_warps=4),
-    interpreter=dict(BLOCK=16),
-    space=dict(BLOCK=(256, 512, 1024), num_warps=(2, 4, 8)),
-)
+from ._triton_tiles import BY_CHANNEL, BY_HEAD, COMBINE, STEP, WALK
 
 
 def linear_attention(
@@ -88,7 +48,7 @@ def linear_attention(
         given.step(initial, y, final)
         return y, final, final.new_empty(0)
     kept = final.new_empty((cdiv(given.length, keep) + 1, *given.state)) if keep else None
-    chunk = given.chunk(_WALK, keep)
+    chunk = given.chunk(WALK, keep)
     _Walk(given, chunk, given.prepared(chunk)).forward(initial, y, final, kept, keep)
     return y, final, final.new_empty(0) if kept is None else kept
 
@@ -113,7 +73,7 @@ def linear_attention_backward(
 
         return delta.delta_rule_backward(grad, grad_final, q, k, v, log_decay, dt, start, kept, keep)
     given, grad = _Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
-    chunk = given.chunk(_BY_CHANNEL if given.by_channel else _BY_HEAD, keep)
+    chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
     prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
     states, later = (v.new_empty((chunks, *given.state), dtype=given.operands()) for _ in range(2))
     grad_initial = v.new_empty(given.state, dtype=torch.float32)
@@ -189,7 +149,7 @@ class _Given:
 
     def step(self, initial: Tensor | None, y: Tensor, final: Tensor) -> None:
         """Take the only step of a sequence."""
-        use = _STEP(self.v, keys=self.keys, values=self.values)
+        use = STEP(self.v, keys=self.keys, values=self.values)
         strides = [
             n
             for x in (self.v, self.q, self.k, self.g, self.dt)
@@ -227,7 +187,7 @@ class _Given:
         )
         q_into, k_out = self.q.new_empty(shape), self.k.new_empty(shape)
         through = self.v.new_empty((self.batch, self.heads, chunks, self.keys), dtype=torch.float32)
-        use = _BY_CHANNEL[self.exact](self.v, keys=self.keys, values=self.values)
+        use = BY_CHANNEL[self.exact](self.v, keys=self.keys, values=self.values)
         _triton.launch(
             _triton_by_channel.prepare, (self.batch * self.heads, chunks),
             self.q, self.k, self.g, self.document, scores, q_into, k_out, through, *self.strides("q", "k", "g"),
@@ -284,7 +244,7 @@ class _Walk:
         states = v.new_empty((many, *given.state), dtype=torch.float32)
         left = v.new_empty((many, *given.state[:3]), dtype=torch.float32)
         self._launch(v, dt, None, length, reverse, None, states, None, left=left)
-        pick = _COMBINE(v, keys=given.keys, values=given.values)
+        pick = COMBINE(v, keys=given.keys, values=given.values)
         grid = (given.batch * given.heads, cdiv(given.keys * given.values, pick["BLOCK"]))
         _triton.launch(
             _triton_walk.combine, grid, states, left, initial, many, given.keys, given.values, REVERSE=reverse, **pick
@@ -293,7 +253,7 @@ class _Walk:
 
     def _use(self) -> dict[str, int]:
         given = self.given
-        use = dict(_WALK[given.exact](given.v, keys=given.keys, values=given.values))
+        use = dict(WALK[given.exact](given.v, keys=given.keys, values=given.values))
         # The state of a program is held in registers.
         use["VALUES"] = min(use["VALUES"], power_of_2(given.values, 16), max(16, 128 * 128 // power_of_2(given.keys)))
         return use
@@ -339,7 +299,7 @@ def _by_head(
     grad_D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and log_decay, and write the others."""
-    chunks, use = cdiv(given.length, chunk), _BY_HEAD[given.exact](given.v, keys=given.keys, values=given.values)
+    chunks, use = cdiv(given.length, chunk), BY_HEAD[given.exact](given.v, keys=given.keys, values=given.values)
     options = dict(
         CHUNK=chunk, VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
         num_warps=use["num_warps"], num_stages=use["num_stages"],
@@ -384,7 +344,7 @@ def _by_channel(
     grad_D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and log_decay, and write the others."""
-    chunks, use = cdiv(given.length, chunk), _BY_CHANNEL[given.exact](given.v, keys=given.keys, values=given.values)
+    chunks, use = cdiv(given.length, chunk), BY_CHANNEL[given.exact](given.v, keys=given.keys, values=given.values)
     scores, _, k_out, _ = prepared
     pairs, width, options = given.batch * given.heads, power_of_2(given.keys, 16), dict(
         CHUNK=chunk, PRECISION=given.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
