@@ -52,16 +52,14 @@ def walk(
         final: The state after the last segment, or the states after all of them if ``left`` is wanted.
         kept: States before every ``BETWEEN`` chunks ``[j b h k p]``, the last of them after all.
         left: What is left of a state after each segment ``[i b h k]``.
-        SHARED: Heads that share a group.
-        SEGMENT: Chunks of a segment.
+        SHARED: Heads that share a group; ``SEGMENT``: chunks of a segment.
     """
     blocks, segment = tl.cdiv(P, VALUES), tl.program_id(1)
     pair = (tl.program_id(0) // blocks).to(tl.int64)  # sequence and head
     batch, head, pairs = pair // H, pair % H, tl.num_programs(0) // blocks
-    group = head // SHARED
-    keys, values = tl.arange(0, KEYS), (tl.program_id(0) % blocks) * VALUES + tl.arange(0, VALUES)
+    group, rows, keys = head // SHARED, tl.arange(0, CHUNK), tl.arange(0, KEYS)
+    values = (tl.program_id(0) % blocks) * VALUES + tl.arange(0, VALUES)
     v, k = v + batch * v_batch + head * v_head, k + batch * k_batch + group * k_group
-    rows = tl.arange(0, CHUNK)
     if y is not None:
         q += batch * q_batch + group * q_group
     state, rest = tl.zeros([KEYS, VALUES], tl.float32), tl.full([KEYS], 1.0, tl.float32)
@@ -71,8 +69,7 @@ def walk(
     many = tl.minimum(SEGMENT, chunks - begin)
     for n in range(many):
         i = begin + (many - 1 - n if REVERSE else n)
-        first = i.to(tl.int64) * CHUNK
-        height = T - i * CHUNK
+        first, height = i.to(tl.int64) * CHUNK, T - i * CHUNK
         if kept is not None:
             if i % BETWEEN == 0:
                 store_tile(kept + ((i // BETWEEN) * pairs + pair) * K * P, keys, values, P, K, P, state)
@@ -88,11 +85,10 @@ def walk(
             factor = factor * step
         if y is not None:
             q_here = tile(q + first * q_step, rows, keys, q_step, height, K)
-            at = None if scores is None else scores + (pair * T + first) * CHUNK
-            factors = None if dt is None else step
             result = outputs(
-                q_here, k_here, v_here, state, at, high_here, low_here, starts, into, factors, height, CHUNK, PRECISION
-            )
+                q_here, k_here, v_here, state, None if scores is None else scores + (pair * T + first) * CHUNK,
+                high_here, low_here, starts, into, None if dt is None else step, height, CHUNK, PRECISION,
+            )  # fmt: skip
             if D is not None:
                 skip = tl.load(D + head * D_head + values * D_value, mask=values < P, other=0.0).to(tl.float32)
                 result += skip[None, :] * v_here.to(tl.float32)
