@@ -15,7 +15,7 @@ from . import cpu
 Implementations = dict[str, Callable[..., Any]]
 
 # Steps between the states that the kernels keep for the backward pass.
-KEEP = {"cpu": cpu.TILE, "triton": 16 if _triton.interpreted else 128}
+KEEP = {"cpu": cpu.TILE, "triton": 32 if _triton.interpreted else 512}
 
 
 def register_kernel(forward: Implementations, backward: Implementations) -> None:

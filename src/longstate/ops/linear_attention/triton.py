@@ -1,0 +1,377 @@
+"""The Triton kernels of linear attention: chunks as matrix products, the state between them in registers.
+
+One kernel walks over the chunks of a sequence with the state of some channels of a head, and writes outputs, or states
+for the backward pass. Where there are too few sequences and heads to fill a GPU, time is cut into segments: what each
+adds to the state is found first, then put together, then every segment runs from its own state.
+
+The backward pass starts from the few states that the forward pass kept. It writes the states before all chunks and the
+adjoints of those after them (the same walk, back in time), from which every chunk has its gradients by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import native
+from ..._shapes import Tensor
+from .. import _triton
+from .._triton import Tiles, cdiv, power_of_2
+from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
+from ._triton_tiles import BY_CHANNEL, BY_HEAD, COMBINE, STEP, WALK
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
+    start: Tensor | None,
+    erases: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
+
+    If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
+    states around tiles are for the backward pass, one every ``keep`` steps; none where it is 0.
+    """
+    if erases:
+        from ..delta_rule import triton as delta
+
+        return delta.delta_rule(q, k, v, log_decay, initial, dt, start, keep)
+    given = _Given(q, k, v, log_decay, dt, D, start)
+    initial = native.side_by_side(initial)
+    y, final = v.new_empty(v.shape), v.new_empty(given.state, dtype=torch.float32)
+    if given.length == 1 and not keep:
+        given.step(initial, y, final)
+        return y, final, final.new_empty(0)
+    kept = final.new_empty((cdiv(given.length, keep) + 1, *given.state)) if keep else None
+    chunk = given.chunk(WALK, keep)
+    _Walk(given, chunk, given.prepared(chunk)).forward(initial, y, final, kept, keep)
+    return y, final, final.new_empty(0) if kept is None else kept
+
+
+def linear_attention_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    dt: Tensor | None,
+    D: Tensor | None,
+    start: Tensor | None,
+    kept: Tensor,
+    erases: bool,
+    keep: int,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, log_decay, the initial state, dt and D; empty ones where there is none."""
+    if erases:
+        from ..delta_rule import triton as delta
+
+        return delta.delta_rule_backward(grad, grad_final, q, k, v, log_decay, dt, start, kept, keep)
+    given, grad = _Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
+    chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
+    prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
+    states, later = (v.new_empty((chunks, *given.state), dtype=given.operands()) for _ in range(2))
+    grad_initial = v.new_empty(given.state, dtype=torch.float32)
+    walk = _Walk(given, chunk, prepared)
+    walk.again(kept.contiguous(), states, keep)
+    walk.backward(grad, native.side_by_side(grad_final), grad_initial, later)
+    grad_v, grad_dt = v.new_empty(v.shape), None if dt is None else dt.new_empty(dt.shape)
+    heads, values = v.shape[2:]
+    grad_D = None if D is None else v.new_empty((v.shape[0], chunks, heads, values), dtype=torch.float32)
+    if prepared is None:
+        grad_q, grad_k, grad_g = _by_head(given, chunk, walk.sums, grad, states, later, grad_v, grad_dt, grad_D)
+    else:
+        grad_q, grad_k, grad_g = _by_channel(given, chunk, prepared, grad, states, later, grad_v, grad_dt, grad_D)
+    if D is not None and grad_D is not None:
+        grad_D = grad_D.sum((0, 1) if D.ndim == 2 else (0, 1, 3)).to(D.dtype)
+    optional = (x if x is not None else v.new_empty(0) for x in (grad_g, grad_initial, grad_dt, grad_D))
+    return grad_q, grad_k, grad_v, *optional
+
+
+class _Given:
+    """The arguments as the kernels find them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        dt: Tensor | None,
+        D: Tensor | None,
+        start: Tensor | None,
+    ) -> None:
+        self.batch, self.length, self.groups, self.keys = q.shape
+        self.heads, self.values = v.shape[2:]
+        self.shared = self.heads // self.groups
+        self.state = (self.batch, self.heads, self.keys, self.values)
+        self.by_channel, self.fixed = (log_decay is not None and log_decay.ndim == n for n in (4, 1))
+        self.q, self.k, self.v = (native.in_rows(x) for x in (q, k, v))
+        self.g, self.dt = log_decay, dt
+        if log_decay is not None:
+            self.g = log_decay.expand(v.shape[:3]) if self.fixed else log_decay
+            self.g = native.in_rows(log_decay) if self.by_channel else self.g
+        self.D = None if D is None else D.view(self.heads, -1).expand(self.heads, self.values)
+        # The document that each step is of: starts are where neighbours differ.
+        self.document = None if start is None else start.cumsum(1, dtype=torch.int32)
+        types = {x.dtype for x in (q, k, v)}
+        self.narrow = types == {torch.bfloat16}
+        self.exact = torch.float32 in types
+
+    @property
+    def precision(self) -> str:
+        """How the kernels multiply what is not bfloat16: float16 is exact in tf32."""
+        return "ieee" if self.exact else "tf32"
+
+    def operands(self) -> torch.dtype:
+        """Return the type of tiles that are read only to be multiplied."""
+        return torch.bfloat16 if self.narrow else torch.float32
+
+    def chunk(self, tiles: dict[bool, Tiles], keep: int) -> int:
+        """Return the number of steps of a chunk, less where keys are wide; those between kept states hold whole
+        chunks."""
+        steps = tiles[self.exact](self.v, keys=self.keys, values=self.values)["CHUNK"]
+        return min(steps, max(16, 64 * 128 // power_of_2(self.keys)), keep or steps)
+
+    def strides(self, *names: str) -> tuple[int, ...]:
+        """Return the distances of sequences, steps and heads of arguments; zeros for those that are absent."""
+        tensors = (getattr(self, name) for name in names)
+        return tuple(n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3]))
+
+    def skips(self) -> tuple[int, ...]:
+        """Return the distances of heads and values of D."""
+        return (0, 0) if self.D is None else self.D.stride()
+
+    def step(self, initial: Tensor | None, y: Tensor, final: Tensor) -> None:
+        """Take the only step of a sequence."""
+        use = STEP(self.v, keys=self.keys, values=self.values)
+        strides = [
+            n
+            for x in (self.v, self.q, self.k, self.g, self.dt)
+            for n in ((0, 0) if x is None else (x.stride(0), x.stride(2)))
+        ]
+        _triton.launch(
+            _triton_walk.step, (self.batch * self.heads * cdiv(self.values, use["VALUES"]),),
+            self.v, self.q, self.k, self.g, self.dt, self.D, self.document, initial, y, final,
+            *strides, *self.skips(), self.heads, self.shared, self.keys, self.values,
+            CHANNELS=self.by_channel, KEYS=power_of_2(self.keys), **use,
+        )  # fmt: skip
+
+    def sums(self, chunk: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the running sums in chunks of decays per head in two parts; see ``_triton_chunks.running_sums``."""
+        if self.g is None or self.by_channel:
+            return None, None
+        shape = (self.batch, self.heads, cdiv(self.length, chunk), chunk)
+        high = self.v.new_empty(shape, dtype=torch.float32)
+        low = None if self.narrow else torch.empty_like(high)
+        _triton.launch(
+            _triton_chunks.running_sums, (self.batch * self.heads, shape[2]),
+            self.g, high, low, *self.strides("g"), self.length, self.heads, CHUNK=chunk, num_warps=1,
+        )  # fmt: skip
+        return high, low
+
+    def prepared(self, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return scores, queries and keys with their factors, and what is left of states, where decays are per
+        channel; see ``_triton_by_channel.prepare``."""
+        if not self.by_channel:
+            return None
+        shape, chunks = (self.batch, self.length, self.heads, self.keys), cdiv(self.length, chunk)
+        scores = self.v.new_empty(
+            (self.batch, self.heads, self.length, chunk),
+            dtype=torch.bfloat16 if self.v.dtype is torch.bfloat16 else torch.float32,
+        )
+        q_into, k_out = self.q.new_empty(shape), self.k.new_empty(shape)
+        through = self.v.new_empty((self.batch, self.heads, chunks, self.keys), dtype=torch.float32)
+        use = BY_CHANNEL[self.exact](self.v, keys=self.keys, values=self.values)
+        _triton.launch(
+            _triton_by_channel.prepare, (self.batch * self.heads, chunks),
+            self.q, self.k, self.g, self.document, scores, q_into, k_out, through, *self.strides("q", "k", "g"),
+            self.length, self.heads, self.shared, self.keys,
+            CHUNK=chunk, SUB=_sub(chunk), KEYS=min(use["KEYS"], power_of_2(self.keys, 16)),
+            PRECISION=self.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
+        )  # fmt: skip
+        return scores, q_into, k_out, through
+
+
+def _sub(chunk: int) -> int:
+    """Return the number of steps of a sub-block; under the interpreter, of which there are several too."""
+    return min(16, chunk // 2) if _triton.interpreted else 16
+
+
+class _Walk:
+    """What walks over the chunks of given arguments."""
+
+    def __init__(self, given: _Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> None:
+        self.given, self.chunk, self.chunks = given, chunk, cdiv(given.length, chunk)
+        self.q, self.k, self.shared = given.q, given.k, given.shared
+        self.sums = given.sums(chunk)
+        self.scores = self.through = None
+        if prepared is not None:
+            self.scores, self.q, self.k, self.through = prepared
+            self.shared = 1
+
+    def forward(self, initial: Tensor | None, y: Tensor, final: Tensor, kept: Tensor | None, keep: int) -> None:
+        """Write outputs, the final state and the states around tiles of ``keep`` steps."""
+        between = keep // self.chunk if keep else 1
+        segment, initial = self._segments(initial, between, self.given.v, self.given.dt, False)
+        self._launch(self.given.v, self.given.dt, initial, segment, False, y, final, kept, between)
+
+    def again(self, kept: Tensor, states: Tensor, keep: int) -> None:
+        """Write the states before all chunks, tile by tile of ``keep`` steps."""
+        self._launch(self.given.v, self.given.dt, kept, keep // self.chunk, False, None, None, states)
+
+    def backward(self, grad: Tensor, grad_final: Tensor | None, grad_initial: Tensor, later: Tensor) -> None:
+        """Write the adjoints of the states after all chunks and of the first."""
+        segment, after = self._segments(grad_final, 1, grad, None, True)
+        self._launch(grad, None, after, segment, True, None, grad_initial, later)
+
+    def _segments(
+        self, initial: Tensor | None, multiple: int, v: Tensor, dt: Tensor | None, reverse: bool
+    ) -> tuple[int, Tensor | None]:
+        """Return the length of a segment (in chunks, a multiple of some) and the states before all of them."""
+        given, use = self.given, self._use()
+        programs = max(1, given.batch * given.heads * cdiv(given.values, use["VALUES"]))
+        many = max(1, min(use["PROGRAMS"] // programs, self.chunks // 2))
+        length = max(1, cdiv(self.chunks, many * multiple) * multiple)
+        many = cdiv(self.chunks, length)
+        if many < 2:
+            return length, initial
+        states = v.new_empty((many, *given.state), dtype=torch.float32)
+        left = v.new_empty((many, *given.state[:3]), dtype=torch.float32)
+        self._launch(v, dt, None, length, reverse, None, states, None, left=left)
+        pick = COMBINE(v, keys=given.keys, values=given.values)
+        grid = (given.batch * given.heads, cdiv(given.keys * given.values, pick["BLOCK"]))
+        _triton.launch(
+            _triton_walk.combine, grid, states, left, initial, many, given.keys, given.values, REVERSE=reverse, **pick
+        )
+        return length, states
+
+    def _use(self) -> dict[str, int]:
+        given = self.given
+        use = dict(WALK[given.exact](given.v, keys=given.keys, values=given.values))
+        # The state of a program is held in registers.
+        use["VALUES"] = min(use["VALUES"], power_of_2(given.values, 16), max(16, 128 * 128 // power_of_2(given.keys)))
+        return use
+
+    def _launch(
+        self,
+        v: Tensor,
+        dt: Tensor | None,
+        initial: Tensor | None,
+        segment: int,
+        reverse: bool,
+        y: Tensor | None,
+        final: Tensor | None,
+        kept: Tensor | None,
+        between: int = 1,
+        left: Tensor | None = None,
+    ) -> None:
+        given, use = self.given, self._use()
+        outputs = y is not None
+        q, k = (self.q if outputs else None), (self.q if reverse else self.k)
+        strides = (n for x in (v, q, k, dt) for n in ((0, 0, 0) if x is None else x.stride()[:3]))
+        D, skips = (given.D, given.skips()) if outputs else (None, (0, 0))
+        pairs = given.batch * given.heads
+        _triton.launch(
+            _triton_walk.walk, (pairs * cdiv(given.values, use["VALUES"]), max(1, cdiv(self.chunks, segment))),
+            v, q, k, *self.sums, dt, D, given.document, self.scores if outputs else None, self.through,
+            initial, y, final, kept, left, *strides, *skips,
+            given.length, given.heads, self.shared, given.keys, given.values, segment, between,
+            CHUNK=self.chunk, KEYS=power_of_2(given.keys, 16), VALUES=use["VALUES"], REVERSE=reverse,
+            PRECISION=given.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
+        )  # fmt: skip
+
+
+def _by_head(
+    given: _Given,
+    chunk: int,
+    sums: tuple[Tensor | None, Tensor | None],
+    grad: Tensor,
+    states: Tensor,
+    later: Tensor,
+    grad_v: Tensor,
+    grad_dt: Tensor | None,
+    grad_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of q, k and log_decay, and write the others."""
+    chunks, use = cdiv(given.length, chunk), BY_HEAD[given.exact](given.v, keys=given.keys, values=given.values)
+    options = dict(
+        CHUNK=chunk, VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
+        num_warps=use["num_warps"], num_stages=use["num_stages"],
+    )  # fmt: skip
+    grad_g = None
+    if given.g is not None:
+        shape = (given.batch, chunks if given.fixed else given.length, given.heads)
+        grad_g = given.g.new_empty(shape, dtype=torch.float32 if given.fixed else given.g.dtype)
+    width, strides = power_of_2(given.keys, 16), (*grad.stride()[:3], *given.strides("q", "k", "v", "dt"))
+    _triton.launch(
+        _triton_by_head.value_gradients, (given.batch * given.heads, chunks),
+        grad, given.q, given.k, given.v, *sums, given.dt, given.D, given.document, states, later,
+        grad_v, grad_g, grad_dt, grad_D, *strides, *given.skips(),
+        given.length, given.heads, given.shared, given.keys, given.values, FIXED=given.fixed, KEYS=width, **options,
+    )  # fmt: skip
+    keys = min(use["KEYS"], width)
+    programs = given.batch * given.groups * chunks * cdiv(given.keys, keys)
+    # Into how many pieces the heads of a group are cut, where groups and chunks are few: their sums are added up after.
+    divisors = (n for n in range(1, given.shared + 1) if given.shared % n == 0)
+    pieces = next((n for n in divisors if n * programs >= use["PROGRAMS"]), given.shared)
+    parts = (pieces, given.batch, given.length, given.groups, given.keys)
+    grad_q, grad_k = (x.new_empty(parts, dtype=x.dtype if pieces == 1 else torch.float32) for x in (given.q, given.k))
+    _triton.launch(
+        _triton_by_head.key_gradients, (given.batch * given.groups * pieces * cdiv(given.keys, keys), chunks),
+        grad, given.q, given.k, given.v, *sums, given.dt, given.document, states, later, grad_q, grad_k, *strides,
+        given.length, given.heads, given.groups, given.keys, given.values, pieces, KEYS=keys, **options,
+    )  # fmt: skip
+    if given.g is not None and grad_g is not None and given.fixed:
+        grad_g = grad_g.sum((0, 1)).to(given.g.dtype)
+    return _summed(grad_q, 0, given.q), _summed(grad_k, 0, given.k), grad_g
+
+
+def _by_channel(
+    given: _Given,
+    chunk: int,
+    prepared: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad: Tensor,
+    states: Tensor,
+    later: Tensor,
+    grad_v: Tensor,
+    grad_dt: Tensor | None,
+    grad_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of q, k and log_decay, and write the others."""
+    chunks, use = cdiv(given.length, chunk), BY_CHANNEL[given.exact](given.v, keys=given.keys, values=given.values)
+    scores, _, k_out, _ = prepared
+    pairs, width, options = given.batch * given.heads, power_of_2(given.keys, 16), dict(
+        CHUNK=chunk, PRECISION=given.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
+        VALUES=min(use["VALUES"], power_of_2(given.values, 16)),
+    )  # fmt: skip
+    d_scores = torch.empty_like(scores)
+    _triton.launch(
+        _triton_by_channel.value_gradients, (pairs, chunks),
+        grad, given.v, given.dt, given.D, given.document, scores, k_out, later, d_scores, grad_v, grad_dt, grad_D,
+        *grad.stride()[:3], *given.strides("v", "dt"), *given.skips(),
+        given.length, given.heads, given.keys, given.values, KEYS=width, **options,
+    )  # fmt: skip
+    assert given.g is not None
+    shape, keys = (given.batch, given.length, given.groups, given.shared, given.keys), min(use["KEYS"], width)
+    grad_q, grad_k = (
+        x.new_empty(shape, dtype=x.dtype if given.shared == 1 else torch.float32) for x in (given.q, given.k)
+    )
+    grad_g = given.g.new_empty(given.g.shape)
+    _triton.launch(
+        _triton_by_channel.key_gradients, (pairs * cdiv(given.keys, keys), chunks),
+        grad, given.q, given.k, given.v, given.g, given.dt, given.document, d_scores, states, later,
+        grad_q, grad_k, grad_g, *grad.stride()[:3], *given.strides("q", "k", "v", "g", "dt"),
+        given.length, given.heads, given.shared, given.keys, given.values, SUB=_sub(chunk), KEYS=keys, **options,
+    )  # fmt: skip
+    return _summed(grad_q, 3, given.q), _summed(grad_k, 3, given.k), grad_g
+
+
+def _summed(parts: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Return the sum over an axis, in the type of ``like``."""
+    return parts.squeeze(axis) if parts.shape[axis] == 1 else parts.sum(axis).to(like.dtype)
