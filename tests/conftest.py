@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
         # Something imported earlier (a plugin, say) would go unchecked without a word.
         assert "longstate" not in sys.modules, "longstate was imported before its import hook"
         config.add_cleanup(install_import_hook("longstate", "typechecking.check").uninstall)
+    elif config.option.markexpr.strip() == "interpreted":
+        loops_of_the_interpreter()
+
+
+def loops_of_the_interpreter() -> None:
+    """Let Triton's interpreter read the bound of a loop: it asks for int() of an array, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
