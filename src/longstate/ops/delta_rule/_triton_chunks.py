@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """Kernels for each chunk of each head by itself: before the walk from chunk to chunk, and outputs after it."""
 
 from __future__ import annotations
@@ -17,9 +19,7 @@ def place(heads, chunks):
 
 
 @triton.jit
-def sums(
-    g, G, g_b, g_t, g_h, length, heads, chunks, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr
-):
+def sums(g, G, g_b, g_t, g_h, length, heads, chunks, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr):
     """Store the running sums of the log decays of a chunk's channels, to base 2, ``[b h n c k]``."""
     batch, n, head, at = place(heads, chunks)
     row, column = tl.arange(0, C), tl.program_id(1) * KB + tl.arange(0, KB)
@@ -29,62 +29,18 @@ def sums(
 
 @triton.jit
 def prepare(
-    q,
-    k,
-    v,
-    beta,
-    g,
-    start,
-    grad,
-    erase,
-    written,
-    scores,
-    solved,
-    source,
-    into,
-    out,
-    through,
-    q_into,
-    k_out,
-    q_b,
-    q_t,
-    q_g,
-    k_b,
-    k_t,
-    k_g,
-    v_b,
-    v_t,
-    v_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    g_b,
-    g_t,
-    g_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    length,
-    chunks,
-    heads,
-    repeats,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    SUB: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INNER: tl.constexpr,
-    KB: tl.constexpr,
-    PB: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, beta, g, start, grad, erase, written, scores, solved, source, into, out, through, q_into, k_out,
+    q_b, q_t, q_g, k_b, k_t, k_g, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, grad_b, grad_t, grad_h,
+    length, chunks, heads, repeats,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr,
+    INNER: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
-):
-    """Store what the walk needs of a chunk, with T = (I + B)⁻¹:
+):  # fmt: skip
+    """Store what the walk needs of a chunk, with T = (I + B)⁻¹.
 
-    ``erase`` −T diag(β) K_into, ``written`` T diag(β) V, ``scores`` of queries and keys; for the backward pass T itself
-    (``solved``) and ``source`` scoresᵀ ∂y; decays of the head (``into``, ``out``, ``through``), or of its channels, which
-    queries and keys are multiplied with here (``q_into``, ``k_out``).
+    That is ``erase`` −T diag(β) K_into, ``written`` T diag(β) V, ``scores`` of queries and keys; for the backward pass
+    T itself (``solved``) and ``source`` scoresᵀ ∂y; decays of the head (``into``, ``out``, ``through``), or of its
+    channels, which queries and keys are multiplied with here (``q_into``, ``k_out``).
     """
     batch, n, head, at = place(heads, chunks)
     row, rows = tl.arange(0, C), length - n * C
@@ -141,7 +97,10 @@ def prepare(
 
 
 @triton.jit
-def products(q, q_t, k, k_t, rows, KIND: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PRECISION: tl.constexpr):
+def products(
+    q, q_t, k, k_t, rows,
+    KIND: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Return the products of each query and each key with all keys, ``[t s]`` twice."""
     row = tl.arange(0, C)
     of_q, of_k = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -155,26 +114,10 @@ def products(q, q_t, k, k_t, rows, KIND: tl.constexpr, K: tl.constexpr, C: tl.co
 
 @triton.jit
 def outputs(
-    q,
-    y,
-    written,
-    scores,
-    into,
-    states,
-    q_b,
-    q_t,
-    q_g,
-    length,
-    chunks,
-    heads,
-    repeats,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    KB: tl.constexpr,
-    PB: tl.constexpr,
+    q, y, written, scores, into, states, q_b, q_t, q_g, length, chunks, heads, repeats,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Store y = scores U + Q_into S of a chunk; where channels have decays, ``q`` has them already."""
     batch, n, head, at = place(heads, chunks)
     row, rows = tl.arange(0, C), length - n * C

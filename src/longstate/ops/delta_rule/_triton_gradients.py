@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """Kernels of the backward pass for each chunk by itself, when the states before it and their gradients are known.
 
 With R the gradient of the state after the chunk, X that of what it writes and Z = Tᵀ X,
@@ -13,46 +15,17 @@ import triton
 import triton.language as tl
 
 from ._triton_chunks import place
-from ._triton_parts import blocks, half, load, of_channels, of_head, pairs, product, same_sequence, store
+from ._triton_parts import blocks, half, halves, load, of_channels, of_head, pairs, product, same_sequence, store
 
 
 @triton.jit
 def squares(
-    v,
-    g,
-    beta,
-    start,
-    grad,
-    written,
-    source,
-    solved,
-    grad_v,
-    of_scores,
-    of_keys,
-    of_beta,
-    v_b,
-    v_t,
-    v_h,
-    g_b,
-    g_t,
-    g_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    length,
-    chunks,
-    heads,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    PB: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store ∂v, Z in the place of X (``source``), ∂y Uᵀ and Z Uᵀ with the decays of a head (``of_scores``, ``of_keys``),
-    and Σ_p Z V (``of_beta``, ``[b n c h]``)."""
+    v, g, beta, start, grad, written, source, solved, grad_v, of_scores, of_keys, of_beta, v_b, v_t, v_h, g_b,
+    g_t, g_h, beta_b, beta_t, beta_h, grad_b, grad_t, grad_h, length, chunks, heads,
+    P: tl.constexpr, C: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store ∂v, Z in the place of X (``source``), ∂y Uᵀ and Z Uᵀ with the decays of a head (``of_scores``,
+    ``of_keys``), and Σ_p Z V (``of_beta``, ``[b n c h]``)."""
     batch, n, head, at = place(heads, chunks)
     row, rows = tl.arange(0, C), length - n * C
     KIND: tl.constexpr = source.dtype.element_ty
@@ -77,12 +50,12 @@ def squares(
     if start is not None:
         start += batch * length + n * C
     if CHANNELS:
-        same, alive = same_sequence(start, row, rows, C)
+        same, _alive = same_sequence(start, row, rows, C)
         between = same.to(tl.float32)
     else:
         if g is not None:
             g += batch * g_b + n * C * g_t + head * g_h
-        into, out, through, between = of_head(g, g_t, start, row, rows, C)
+        _into, _out, _through, between = of_head(g, g_t, start, row, rows, C)
     below = tl.where(row[:, None] > row[None, :], between, 0.0)
     store(of_scores + at * C * C, row, C, C, row, C, of_q * between)
     store(of_keys + at * C * C, row, C, C, row, C, of_k * below)
@@ -91,21 +64,10 @@ def squares(
 
 @triton.jit
 def of_states(
-    grad,
-    grad_t,
-    side,
-    written,
-    states,
-    laters,
-    rows,
-    column,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    KB: tl.constexpr,
-    PB: tl.constexpr,
+    grad, grad_t, side, written, states, laters, rows, column,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Return ∂y Sᵀ, Z Sᵀ and U Rᵀ, ``[c k]``, and what S and R are together in each channel."""
     row = tl.arange(0, C)
     KIND: tl.constexpr = side.dtype.element_ty
@@ -127,21 +89,10 @@ def of_states(
 
 @triton.jit
 def of_squares_by_channel(
-    q,
-    k,
-    of_q,
-    of_k,
-    of_beta,
-    G,
-    column,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    SUB: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INNER: tl.constexpr,
-    KB: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, of_q, of_k, of_beta, G, column,
+    K: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr,
+    KB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Return what the squares give to queries, to keys as readers (but for −β) and to keys as sources.
 
     Every pair of steps meets in the middle of one block: see ``_triton_parts.between_by_channel``.
@@ -155,85 +106,41 @@ def of_squares_by_channel(
     near_q, near_k = blocks(of_q.to(tl.float32), C, SUB), blocks(of_k.to(tl.float32), C, SUB)
     near_b = blocks(of_beta.to(tl.float32), C, SUB)
     sums = load(G, row, K, C, column, K)
-    for L in tl.static_range(LEVELS):
+    for L in range(INNER):
+        source, reader, asker = halves(q, k, G, sums, row, column, KIND, K, C, L)
+        met, source = pairs(at, to, L), tl.reshape(source, (N, SUB, KB))
+        a, b = tl.where(met, near_q, 0.0).to(KIND), tl.where(met, near_k, 0.0).to(KIND)
+        c = tl.permute(tl.where(met, near_b, 0.0).to(KIND), (0, 2, 1))
+        back = product(tl.permute(a, (0, 2, 1)), tl.reshape(asker, (N, SUB, KB)), PRECISION)
+        back -= product(c, tl.reshape(reader, (N, SUB, KB)), PRECISION)
         factor, second = half(G, sums, row, column, K, C, L)
-        source = tl.where(second, 0.0, k * factor).to(KIND)
-        reader, asker = tl.where(second, k * factor, 0.0).to(KIND), tl.where(second, q * factor, 0.0).to(KIND)
-        if L < INNER:
-            met = pairs(at, to, L)
-            a, b = tl.where(met, near_q, 0.0).to(KIND), tl.where(met, near_k, 0.0).to(KIND)
-            c = tl.where(met, near_b, 0.0).to(KIND)
-            source = tl.reshape(source, (N, SUB, KB))
-            back = product(tl.permute(a, (0, 2, 1)), tl.reshape(asker, (N, SUB, KB)), PRECISION)
-            back -= product(tl.permute(c, (0, 2, 1)), tl.reshape(reader, (N, SUB, KB)), PRECISION)
-            back = tl.reshape(back, (C, KB))
-            to_q = tl.reshape(product(a, source, PRECISION), (C, KB))
-            to_k = tl.reshape(product(b, source, PRECISION), (C, KB))
-        else:
-            met = pairs(row[:, None], row[None, :], L)
-            a, b = tl.where(met, of_q, 0.0).to(KIND), tl.where(met, of_k, 0.0).to(KIND)
-            c = tl.where(met, of_beta, 0.0).to(KIND)
-            back = product(tl.trans(a), asker, PRECISION) - product(tl.trans(c), reader, PRECISION)
-            to_q, to_k = product(a, source, PRECISION), product(b, source, PRECISION)
-        asked += tl.where(second, factor * to_q, 0.0)
-        read += tl.where(second, factor * to_k, 0.0)
+        asked += tl.where(second, factor * tl.reshape(product(a, source, PRECISION), (C, KB)), 0.0)
+        read += tl.where(second, factor * tl.reshape(product(b, source, PRECISION), (C, KB)), 0.0)
+        gave += tl.where(second, 0.0, factor * tl.reshape(back, (C, KB)))
+    for L in range(INNER, LEVELS):
+        source, reader, asker = halves(q, k, G, sums, row, column, KIND, K, C, L)
+        met = pairs(row[:, None], row[None, :], L)
+        a, b = tl.where(met, of_q, 0.0).to(KIND), tl.where(met, of_k, 0.0).to(KIND)
+        c = tl.where(met, of_beta, 0.0).to(KIND)
+        back = product(tl.trans(a), asker, PRECISION) - product(tl.trans(c), reader, PRECISION)
+        factor, second = half(G, sums, row, column, K, C, L)
+        asked += tl.where(second, factor * product(a, source, PRECISION), 0.0)
+        read += tl.where(second, factor * product(b, source, PRECISION), 0.0)
         gave += tl.where(second, 0.0, factor * back)
     return asked, read, gave
 
 
 @triton.jit
 def rows_of(
-    q,
-    k,
-    g,
-    beta,
-    start,
-    grad,
-    side,
-    written,
-    states,
-    laters,
-    of_scores,
-    of_keys,
-    of_beta,
-    grad_q,
-    grad_k,
-    grad_g,
-    grad_beta,
-    q_b,
-    q_t,
-    q_g,
-    k_b,
-    k_t,
-    k_g,
-    g_b,
-    g_t,
-    g_h,
-    beta_b,
-    beta_t,
-    beta_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    length,
-    batches,
-    chunks,
-    groups,
-    repeats,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    SUB: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INNER: tl.constexpr,
-    KB: tl.constexpr,
-    PB: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store ∂q and ∂k of some columns, summed over the heads of a group; the columns' parts of ∂β, and of the log decays
-    of heads (``[columns b t h]``), or the gradients of those of channels."""
-    batch, n, group, own = place(groups, chunks)
+    q, k, g, beta, start, grad, side, written, states, laters, of_scores, of_keys, of_beta, grad_q, grad_k,
+    grad_g, grad_beta, q_b, q_t, q_g, k_b, k_t, k_g, g_b, g_t, g_h, beta_b, beta_t, beta_h, grad_b, grad_t,
+    grad_h, length, batches, chunks, groups, repeats,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr,
+    INNER: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store ∂q and ∂k of some columns, summed over the heads of a group; the columns' parts of ∂β, and of the log
+    decays of heads (``[columns b t h]``), or the gradients of those of channels."""
+    batch, n, group, _place = place(groups, chunks)
     row, rows = tl.arange(0, C), length - n * C
     KIND: tl.constexpr = side.dtype.element_ty
     part, heads = tl.program_id(1), groups * repeats
@@ -266,7 +173,7 @@ def rows_of(
             rate = g
             if g is not None:
                 rate = g + batch * g_b + n * C * g_t + head * g_h
-            into, out, through, between = of_head(rate, g_t, start, row, rows, C)
+            into, out, through, _between = of_head(rate, g_t, start, row, rows, C)
             into, out = into[:, None], out[:, None]
             asked, reader = product(of_q, key.to(KIND), PRECISION), product(of_k, key.to(KIND), PRECISION)
             source = product(tl.trans(of_q), query.to(KIND), PRECISION)

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """What the kernels of the delta rule share: tiles of memory, decays of a chunk, products of steps, inverses.
 
 Running sums of log decays are taken to base 2. Between two steps the exponent is never positive. Where each key channel
@@ -117,15 +119,13 @@ def unblocks(x, C: tl.constexpr, SUB: tl.constexpr):
 
 
 @triton.jit
-def pairs(i, j, L: tl.constexpr):
+def pairs(i, j, L):
     """Return which (i, j) lie in the second and the first half of the same block of 2^{L+1}."""
     return ((i >> (L + 1)) == (j >> (L + 1))) & (((i >> L) & 1) == 1) & (((j >> L) & 1) == 0)
 
 
 @triton.jit
-def inverse(
-    B, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr
-):
+def inverse(B, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr):
     """Return (I + B)⁻¹ for a B ``[c c]`` that is zero on and above its diagonal.
 
     The inverse T of the blocks on the diagonal becomes that of blocks twice as large, T − T B' T, where B' is what
@@ -135,41 +135,39 @@ def inverse(
     at, to = i[None, :, None], i[None, None, :]
     D = blocks(B, C, SUB)
     T = tl.where(at == to, 1.0, tl.where(pairs(at, to, 0), -D, 0.0))
-    for L in tl.static_range(1, INNER):
+    for L in range(1, INNER):
         beside = tl.where(pairs(at, to, L), D, 0.0)
         T -= tl.dot(T, tl.dot(beside, T, input_precision="ieee"), input_precision="ieee")
     i = tl.arange(0, C)
     whole = unblocks(T, C, SUB)
-    for L in tl.static_range(INNER, LEVELS):
+    for L in range(INNER, LEVELS):
         beside = tl.where(pairs(i[:, None], i[None, :], L), B, 0.0)
         whole -= tl.dot(whole, tl.dot(beside, whole, input_precision=PRECISION), input_precision=PRECISION)
     return whole
 
 
 @triton.jit
-def half(G, sums, row, column, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
+def half(G, sums, row, column, K: tl.constexpr, C: tl.constexpr, L):
     """Return e^{−|G_r − G_m|} of each step and channel, m the middle of its block of 2^{L+1}, and the second halves."""
     middle = ((row >> (L + 1)) << (L + 1)) + (1 << L) - 1
     return tl.exp2(-tl.abs(sums - load(G, middle, K, C, column, K))), ((row >> L) & 1)[:, None] == 1
 
 
 @triton.jit
+def halves(q, k, G, sums, row, column, KIND: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L):
+    """Return the keys of first halves, and keys and queries of second halves, with the factors of their middle."""
+    factor, second = half(G, sums, row, column, K, C, L)
+    k *= factor
+    source, reader = tl.where(second, 0.0, k).to(KIND), tl.where(second, k, 0.0).to(KIND)
+    return source, reader, tl.where(second, q * factor, 0.0).to(KIND)
+
+
+@triton.jit
 def between_by_channel(
-    q,
-    q_t,
-    k,
-    k_t,
-    G,
-    rows,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    SUB: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INNER: tl.constexpr,
-    KB: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, q_t, k, k_t, G, rows,
+    KIND: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr,
+    INNER: tl.constexpr, KB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Return what each step's query and key read of the keys up to it, ``[t s]`` twice; the key not of itself."""
     N: tl.constexpr = C // SUB
     row, i = tl.arange(0, C), tl.arange(0, SUB)
@@ -179,22 +177,21 @@ def between_by_channel(
     own = row[:, None] == row[None, :]
     for first in range(0, K, KB):
         column = first + tl.arange(0, KB)
-        query, key = load(q, row, q_t, rows, column, K).to(tl.float32), load(k, row, k_t, rows, column, K).to(tl.float32)
+        query, key = (
+            load(q, row, q_t, rows, column, K).to(tl.float32),
+            load(k, row, k_t, rows, column, K).to(tl.float32),
+        )
         sums = load(G, row, K, C, column, K)
         of_q += tl.where(own, tl.sum(query * key, 1)[:, None], 0.0)
-        for L in tl.static_range(LEVELS):
-            factor, second = half(G, sums, row, column, K, C, L)
-            faded = key * factor
-            source = tl.where(second, 0.0, faded).to(KIND)
-            reader, asker = tl.where(second, faded, 0.0).to(KIND), tl.where(second, query * factor, 0.0).to(KIND)
-            if L < INNER:
-                source = tl.permute(tl.reshape(source, (N, SUB, KB)), (0, 2, 1))
-                read = product(tl.reshape(reader, (N, SUB, KB)), source, PRECISION)
-                asked = product(tl.reshape(asker, (N, SUB, KB)), source, PRECISION)
-                near_k += tl.where(pairs(at, to, L), read, 0.0)
-                near_q += tl.where(pairs(at, to, L), asked, 0.0)
-            else:
-                met = pairs(row[:, None], row[None, :], L)
-                of_k += tl.where(met, product(reader, tl.trans(source), PRECISION), 0.0)
-                of_q += tl.where(met, product(asker, tl.trans(source), PRECISION), 0.0)
+        for L in range(INNER):
+            source, reader, asker = halves(query, key, G, sums, row, column, KIND, K, C, L)
+            source = tl.permute(tl.reshape(source, (N, SUB, KB)), (0, 2, 1))
+            met = pairs(at, to, L)
+            near_k += tl.where(met, product(tl.reshape(reader, (N, SUB, KB)), source, PRECISION), 0.0)
+            near_q += tl.where(met, product(tl.reshape(asker, (N, SUB, KB)), source, PRECISION), 0.0)
+        for L in range(INNER, LEVELS):
+            source, reader, asker = halves(query, key, G, sums, row, column, KIND, K, C, L)
+            met = pairs(row[:, None], row[None, :], L)
+            of_k += tl.where(met, product(reader, tl.trans(source), PRECISION), 0.0)
+            of_q += tl.where(met, product(asker, tl.trans(source), PRECISION), 0.0)
     return of_q + unblocks(near_q, C, SUB), of_k + unblocks(near_k, C, SUB)

@@ -1,8 +1,8 @@
 """The delta rule on GPUs: chunks by themselves, a walk from chunk to chunk, and chunks by themselves again.
 
-See ``chunked`` for what is computed. The system of a chunk is inverted (T = (I + B)⁻¹), so that the walk has two products
-for each chunk, U = U₀ − W S and S ← through S + K_outᵀ U. Backwards, where X is the gradient of U, Wᵀ X is what its
-state's gradient loses: that walk needs nothing that the walk forward has not.
+See ``chunked`` for what is computed. The system of a chunk is inverted (T = (I + B)⁻¹), so that the walk has two
+products for each chunk, U = U₀ − W S and S ← through S + K_outᵀ U. Backwards, where X is the gradient of U, Wᵀ X is
+what its state's gradient loses: that walk needs nothing that the walk forward has not.
 
 What goes into a product of matrices is in the type of q, k and v, if they have one, and in float32 else; sums, states
 and decays are in float32.
@@ -13,56 +13,72 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from ..._shapes import Tensor
 from .. import _triton
 from . import _triton_chunks, _triton_gradients, _triton_walk
-from ._triton_parts import LOG2E, load, store
 
 _CHUNK = _triton.Tiles(
     "delta_rule.chunk", dict(C=64, SUB=16), interpreter=dict(C=8, SUB=4), space=dict(C=(32, 64), SUB=(16,))
 )
-_WARPS = dict(num_warps=(2, 4, 8), num_stages=(1, 2, 3))
+# Float32 takes twice the room, and three times in the making of its products.
+_CHUNK_FLOAT32 = _triton.Tiles(
+    "delta_rule.chunk_float32", dict(C=32, SUB=16), interpreter=dict(C=8, SUB=4), space=dict(C=(32, 64), SUB=(16,))
+)
+_WARPS: dict[str, tuple[int, ...]] = dict(num_warps=(2, 4, 8), num_stages=(1, 2, 3))
 _PREPARE = _triton.Tiles(
     "delta_rule.prepare",
     dict(KB=64, PB=64, num_warps=4, num_stages=1),
     interpreter=dict(KB=4, PB=4),
-    space=dict(KB=(32, 64, 128), PB=(32, 64, 128)) | _WARPS,
+    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
+)
+_PREPARE_BY_CHANNEL = _triton.Tiles(
+    "delta_rule.prepare_by_channel",
+    dict(KB=32, PB=64, num_warps=4, num_stages=1),
+    interpreter=dict(KB=4, PB=4),
+    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
 )
 _WALK = _triton.Tiles(
     "delta_rule.walk",
     dict(PB=32, num_warps=4, num_stages=2),
     interpreter=dict(PB=4),
-    space=dict(PB=(16, 32, 64)) | _WARPS,
+    space=dict(_WARPS, PB=(16, 32, 64)),
 )
 _WALK_BACK = _triton.Tiles(
     "delta_rule.walk_back",
     dict(PB=32, num_warps=4, num_stages=2),
     interpreter=dict(PB=4),
-    space=dict(PB=(16, 32, 64)) | _WARPS,
+    space=dict(_WARPS, PB=(16, 32, 64)),
 )
 _OUTPUTS = _triton.Tiles(
     "delta_rule.outputs",
     dict(KB=64, PB=64, num_warps=4, num_stages=2),
     interpreter=dict(KB=4, PB=4),
-    space=dict(KB=(32, 64, 128), PB=(32, 64, 128)) | _WARPS,
+    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
 )
 _SQUARES = _triton.Tiles(
     "delta_rule.squares",
     dict(PB=64, num_warps=4, num_stages=1),
     interpreter=dict(PB=4),
-    space=dict(PB=(32, 64, 128)) | _WARPS,
+    space=dict(_WARPS, PB=(32, 64, 128)),
 )
 _ROWS = _triton.Tiles(
     "delta_rule.rows",
     dict(KB=64, PB=64, num_warps=8, num_stages=1),
     interpreter=dict(KB=4, PB=4),
-    space=dict(KB=(32, 64), PB=(32, 64)) | _WARPS,
+    space=dict(_WARPS, KB=(32, 64), PB=(32, 64)),
+)
+_ROWS_BY_CHANNEL = _triton.Tiles(
+    "delta_rule.rows_by_channel",
+    dict(KB=32, PB=64, num_warps=8, num_stages=1),
+    interpreter=dict(KB=4, PB=4),
+    space=dict(_WARPS, KB=(32, 64), PB=(32, 64)),
 )
 _STEP = _triton.Tiles(
-    "delta_rule.step", dict(PB=16, num_warps=4), interpreter=dict(PB=4), space=dict(PB=(8, 16, 32), num_warps=(1, 2, 4, 8))
+    "delta_rule.step",
+    dict(PB=16, num_warps=4),
+    interpreter=dict(PB=4),
+    space=dict(PB=(8, 16, 32), num_warps=(1, 2, 4, 8)),
 )
 
 
@@ -76,7 +92,7 @@ def delta_rule(
     start: Tensor | None,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states every ``keep`` steps ``[j+1 b h k p]``.
+    """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and those every ``keep`` steps ``[j+1 b h k p]``.
 
     The last are for the backward pass; none where ``keep`` is 0.
     """
@@ -105,7 +121,7 @@ def delta_rule_backward(
     kept: Tensor,
     keep: int,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k, v, log_decay (empty if there is none), the initial state and β; and an empty one."""
+    """Return the gradients of q, k, v, log_decay (empty if there is none), the initial state and β; and no more."""
     x = _Chunks(q, k, v, log_decay, beta, start)
     grad = _in_rows(grad)
     parts = x.prepare(grad)
@@ -147,12 +163,13 @@ class _Chunks:
         self.by_channel = log_decay is not None and log_decay.ndim == 4
         self.repeats = self.heads // max(self.groups, 1)
         self.kind = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        # Numpy, which the interpreter computes with, has no bfloat16.
+        # Three products of TF32 leave out what is 2^-22 of a product of float32. NumPy, which the interpreter computes
+        # with, has no bfloat16.
         wide = self.kind is torch.bfloat16 and _triton.interpreted
-        self.precision = "wide" if wide else "ieee"
-        # The inverse is rounded to 8 bits afterwards where products are of bfloat16; a product of TF32 keeps 11.
-        self.solve = "ieee" if self.kind is torch.float32 else "tf32"
-        chunk = _CHUNK(q)
+        self.precision = "wide" if wide else "tf32x3"
+        # The inverse is rounded to 8 or 11 bits afterwards where products are of narrow types: those of TF32 keep 11.
+        self.solve = "tf32x3" if self.kind is torch.float32 else "tf32"
+        chunk = (_CHUNK_FLOAT32 if self.kind is torch.float32 else _CHUNK)(q)
         self.C, sub = chunk["C"], chunk["SUB"]
         self.chunks = _triton.cdiv(self.length, self.C)
         self.blocks = dict(SUB=sub, LEVELS=self.C.bit_length() - 1, INNER=sub.bit_length() - 1)
@@ -167,7 +184,8 @@ class _Chunks:
         tiles = declared(self.v, **self.sizes)
         for name, width in (("KB", self.K), ("PB", self.P)):
             if name in tiles:
-                tiles[name] = min(tiles[name], _triton.power_of_2(width, 1 if _triton.interpreted else 16))
+                most = 16 if self.kind is torch.float32 else 64
+                tiles[name] = min(tiles[name], most, _triton.power_of_2(width, 1 if _triton.interpreted else 16))
         return tiles
 
     def scratch(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -181,7 +199,8 @@ class _Chunks:
         decay = None if self.log_decay is None else _in_rows(self.log_decay) if self.by_channel else self.log_decay
         given = (self.q, self.k, self.v, self.beta, decay)
         _triton.launch(
-            _step, grid, *given, self.start, initial, y, final, *_strides(*given), self.heads, self.repeats,
+            _triton_walk.step, grid, self.q, *given[1:], self.start, initial, y, final, *_strides(*given),
+            self.heads, self.repeats,
             K=self.K, P=self.P, KB=_triton.power_of_2(self.K), CHANNELS=self.by_channel, **tiles,
         )  # fmt: skip
 
@@ -189,7 +208,7 @@ class _Chunks:
         """Return the running sums of the decays of channels; those of heads as they are."""
         if self.log_decay is None or not self.by_channel:
             return self.log_decay
-        tiles = self.tiles(_PREPARE)
+        tiles = self.tiles(_PREPARE_BY_CHANNEL)
         decay, sums = _in_rows(self.log_decay), self.scratch(self.K, torch.float32)
         _triton.launch(
             _triton_chunks.sums,
@@ -230,7 +249,8 @@ class _Chunks:
             self.q, self.k, self.v, self.beta, decay, self.start, grad, *parts[:8], *new,
             *_strides(self.q, self.k, self.v, self.beta, decay, grad),
             self.length, self.chunks, self.heads, self.repeats,
-            **self.widths, **self.blocks, **self.tiles(_PREPARE), CHANNELS=self.by_channel, SOLVE=self.solve,
+            **self.widths, **self.blocks, **self.tiles(_PREPARE_BY_CHANNEL if self.by_channel else _PREPARE),
+            CHANNELS=self.by_channel, SOLVE=self.solve,
         )  # fmt: skip
         return parts
 
@@ -267,7 +287,8 @@ class _Chunks:
         _triton.launch(
             _triton_walk.backward,
             (self.batch * self.heads, _triton.cdiv(self.P, tiles["PB"])),
-            parts.q, parts.k, grad, parts.source, parts.erase, parts.into, parts.out, parts.through, last, laters, first,
+            parts.q, parts.k, grad, parts.source, parts.erase, parts.into, parts.out, parts.through,
+            last, laters, first,
             *_strides(parts.q, parts.k, grad), self.length, self.chunks, self.heads, parts.repeats,
             **self.widths, **tiles, KB=_triton.power_of_2(self.K, 16), CHANNELS=self.by_channel,
         )  # fmt: skip
@@ -286,7 +307,7 @@ class _Chunks:
             self.length, self.chunks, self.heads,
             P=self.P, C=self.C, PRECISION=self.precision, CHANNELS=self.by_channel, **self.tiles(_SQUARES),
         )  # fmt: skip
-        tiles = self.tiles(_ROWS)
+        tiles = self.tiles(_ROWS_BY_CHANNEL if self.by_channel else _ROWS)
         columns = _triton.cdiv(self.K, tiles["KB"])
         grad_beta = sides.new_empty(columns, self.batch, self.length, self.heads)
         grad_g = None if self.log_decay is None else torch.empty_like(grad_beta)
@@ -320,34 +341,3 @@ def _empty_like(x: Tensor) -> Tensor:
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """Return the strides of batch, time and head of each tensor."""
     return tuple(n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3]))
-
-
-@triton.jit
-def _step(
-    q, k, v, beta, g, start, initial, y, final,
-    q_b, _q, q_g, k_b, _k, k_g, v_b, _v, v_h, beta_b, _beta, beta_h, g_b, _g, g_h, heads, repeats,
-    K: tl.constexpr, P: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Take one step: S ← e^g S, u = β (v − Sᵀ k), y = Sᵀ q + (q · k) u, S ← S + k uᵀ, in one pass over the state."""
-    line, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PB + tl.arange(0, PB)
-    batch, head, channel = line // heads, line % heads, tl.arange(0, KB)
-    group, there, inside = head // repeats, channel < K, column < P
-    query = tl.load(q + batch * q_b + group * q_g + channel, mask=there, other=0).to(tl.float32)
-    key = tl.load(k + batch * k_b + group * k_g + channel, mask=there, other=0).to(tl.float32)
-    value = tl.load(v + batch * v_b + head * v_h + column, mask=inside, other=0).to(tl.float32)
-    strength = tl.load(beta + batch * beta_b + head * beta_h).to(tl.float32)
-    state = tl.zeros([KB, PB], tl.float32)
-    if initial is not None:
-        state = load(initial + line * K * P, channel, P, K, column, P)
-        if g is not None:
-            g += batch * g_b + head * g_h
-            if CHANNELS:
-                state *= tl.exp2(tl.load(g + channel, mask=there, other=0).to(tl.float32) * LOG2E)[:, None]
-            else:
-                state *= tl.exp2(tl.load(g).to(tl.float32) * LOG2E)
-        if start is not None:
-            state = tl.where(tl.load(start + batch), 0.0, state)
-    written = strength * (value - tl.sum(key[:, None] * state, 0))
-    read = tl.sum(query[:, None] * state, 0) + tl.sum(query * key, 0) * written
-    tl.store(y + line * P + column, read.to(y.dtype.element_ty), mask=inside)
-    store(final + line * K * P, channel, P, K, column, P, state + key[:, None] * written[None, :])
