@@ -40,7 +40,7 @@ def prepare(
 
     That is ``erase`` −T diag(β) K_into, ``written`` T diag(β) V, ``scores`` of queries and keys; for the backward pass
     T itself (``solved``) and ``source`` scoresᵀ ∂y; decays of the head (``into``, ``out``, ``through``), or of its
-    channels, which queries and keys are multiplied with here (``q_into``, ``k_out``).
+    channels, which queries and keys are multiplied with here (``q_into``, ``k_out``); the former are then 1 or 0.
     """
     batch, n, head, at = place(heads, chunks)
     row, rows = tl.arange(0, C), length - n * C
@@ -55,11 +55,12 @@ def prepare(
     if CHANNELS:
         G = g + at * C * K
         of_q, of_k = between_by_channel(q, q_t, k, k_t, G, rows, KIND, K, C, SUB, LEVELS, INNER, KB, PRECISION)
-        same, alive = same_sequence(start, row, rows, C)
+        same, opening, closing = same_sequence(start, row, rows, C)
         of_q, of_k = tl.where(same, of_q, 0.0), tl.where(same, of_k, 0.0)
         left = strength
         if into is not None:
-            tl.store(into + at * C + row, alive.to(tl.float32))
+            tl.store(into + at * C + row, opening.to(tl.float32))
+            tl.store(out + at * C + row, closing.to(tl.float32))
     else:
         if g is not None:
             g += batch * g_b + n * C * g_t + head * g_h

@@ -50,7 +50,7 @@ def squares(
     if start is not None:
         start += batch * length + n * C
     if CHANNELS:
-        same, _alive = same_sequence(start, row, rows, C)
+        same, _first, _last = same_sequence(start, row, rows, C)
         between = same.to(tl.float32)
     else:
         if g is not None:

@@ -49,14 +49,14 @@ def segments(start, row, rows):
 
 @triton.jit
 def same_sequence(start, row, rows, C: tl.constexpr):
-    """Return which steps s ≤ t are of the sequence of t, ``[t s]``, and which step comes before any start."""
+    """Return which steps s ≤ t are of the sequence of t, ``[t s]``, which of the first sequence and the last."""
     same = row[:, None] >= row[None, :]
-    alive = row >= 0
+    first, last = row >= 0, row >= 0
     if start is not None:
         segment = segments(start, row, rows)
         same &= segment[:, None] == segment[None, :]
-        alive = segment == 0
-    return same, alive
+        first, last = segment == 0, segment == tl.max(segment, 0)
+    return same, first, last
 
 
 @triton.jit
@@ -76,12 +76,10 @@ def of_head(g, stride, start, row, rows, C: tl.constexpr):
         between = tl.exp2(tl.minimum(G[:, None] - G[None, :], 0.0).to(tl.float32))
         into, out = tl.exp2(G.to(tl.float32)), tl.exp2(tl.minimum(end - G, 0.0).to(tl.float32))
         through = tl.exp2(end.to(tl.float32))
-    same, alive = same_sequence(start, row, rows, C)
+    same, first, last = same_sequence(start, row, rows, C)
     if start is not None:
-        segment = segments(start, row, rows)
-        last = tl.max(segment, 0)
-        into, out = tl.where(alive, into, 0.0), tl.where(segment == last, out, 0.0)
-        through = tl.where(last == 0, through, 0.0)
+        into, out = tl.where(first, into, 0.0), tl.where(last, out, 0.0)
+        through = tl.where(tl.max((first & last).to(tl.int32), 0) == 1, through, 0.0)
     return into, out, through, tl.where(same, between, 0.0)
 
 

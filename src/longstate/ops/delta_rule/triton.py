@@ -224,7 +224,7 @@ class _Chunks:
         single = (self.batch, self.heads, self.chunks)
         by_head = (marked or decay is not None) and not self.by_channel
         into = self.v.new_empty(*single, self.C, dtype=torch.float32) if by_head or marked else None
-        out = self.v.new_empty(*single, self.C, dtype=torch.float32) if by_head else None
+        out = self.v.new_empty(*single, self.C, dtype=torch.float32) if by_head or marked else None
         through = None
         if by_head or self.by_channel:
             through = self.v.new_empty(*single, self.K if self.by_channel else 1, dtype=torch.float32)
