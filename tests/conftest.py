@@ -23,30 +23,30 @@ def checks_shapes(config: pytest.Config) -> bool:
     return config.option.markexpr.strip() not in APART
 
 
+def numbers_of_triton() -> None:
+    """Let Triton's interpreter take its scalars, arrays of one number, for bounds of loops: NumPy 2.4 does not."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Wrap the package before anything imports it, and share the cores among the workers."""
     torch.set_num_threads(1)
+    if config.option.markexpr.strip() == "interpreted":
+        numbers_of_triton()
     if checks_shapes(config):
         from jaxtyping import install_import_hook
 
         # Something imported earlier (a plugin, say) would go unchecked without a word.
         assert "longstate" not in sys.modules, "longstate was imported before its import hook"
         config.add_cleanup(install_import_hook("longstate", "typechecking.check").uninstall)
-    elif config.option.markexpr.strip() == "interpreted":
-        loops_of_the_interpreter()
-
-
-def loops_of_the_interpreter() -> None:
-    """Let Triton's interpreter read the bound of a loop: it asks for int() of an array, which NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
