@@ -283,6 +283,8 @@ class _Chunks:
     def walk_back(self, parts: _Parts, grad: Tensor, last: Tensor | None, first: Tensor) -> Tensor:
         """Return the gradients of the states after chunks; leave that of what is written in ``parts.source``."""
         tiles = self.tiles(_WALK_BACK)
+        if self.K > 128:  # four of its tiles are as wide as keys: two stages of them would take all of the memory
+            tiles["num_stages"] = 1
         laters = self.v.new_empty(self.batch, self.heads, self.chunks, self.K, self.P, dtype=self.kind)
         _triton.launch(
             _triton_walk.backward,
