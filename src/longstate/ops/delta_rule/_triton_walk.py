@@ -1,0 +1,149 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
+"""Kernels that go from chunk to chunk with a state, or its gradient, or take one step: a program for some columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._triton_parts import LOG2E, load, product, store
+
+
+@triton.jit
+def passed(through, state, at, K: tl.constexpr, KB: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return what is left of a state after a chunk; of no number nothing, where a sequence begins."""
+    if CHANNELS:
+        channel = tl.arange(0, KB)
+        left = tl.load(through + at * K + channel, mask=channel < K, other=0)[:, None]
+    else:
+        left = tl.load(through + at)
+    return tl.where(left == 0, 0.0, left * state)
+
+
+@triton.jit
+def forward(
+    k, written, erase, into, out, through, initial, states, kept, final, k_b, k_t, k_g, length, chunks, heads,
+    repeats, lines, every, keep,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk over ``every`` chunks from an initial state: U ← U − W S, S ← through S + K_outᵀ U.
+
+    U takes the place of what is ``written`` in the beginning. Stores the state before each chunk (``states``) and, for
+    a sequence walked at once, the ``final`` state and those every ``keep`` chunks (``kept``). There are as many initial
+    states as walks: those kept, when the backward pass walks again.
+    """
+    line, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PB + tl.arange(0, PB)
+    batch, head, first = line // heads, line % heads, tl.program_id(2) * every
+    row, channel = tl.arange(0, C), tl.arange(0, KB)
+    KIND: tl.constexpr = erase.dtype.element_ty
+    size: tl.constexpr = K * P
+    state = tl.zeros([KB, PB], tl.float32)
+    if initial is not None:
+        state = load(initial + (tl.program_id(2) * lines + line) * size, channel, P, K, column, P)
+    k += batch * k_b + (head // repeats) * k_g
+    for n in range(first, tl.minimum(first + every, chunks)):
+        at, rows = line * chunks + n, length - n * C
+        step = (at - line * chunks) * C
+        if kept is not None:
+            if n % keep == 0:
+                store(kept + (n // keep * lines + line) * size, channel, P, K, column, P, state)
+        narrow = state.to(KIND)
+        store(states + at * size, channel, P, K, column, P, narrow)
+        erased = product(load(erase + at * C * K, row, K, C, channel, K), narrow, PRECISION)
+        if into is not None:
+            erased = tl.where(tl.load(into + at * C + row)[:, None] == 0, 0.0, erased)
+        here = load(written + at * C * P, row, P, C, column, P) + erased
+        store(written + at * C * P, row, P, C, column, P, here)
+        if out is not None:
+            kept_of = tl.load(out + at * C + row)[:, None]
+            here = tl.where(kept_of == 0, 0.0, here * kept_of)
+        if through is not None:
+            state = passed(through, state, at, K, KB, CHANNELS)
+        key = load(k + step * k_t, row, k_t, rows, channel, K).to(KIND)
+        state += product(tl.trans(key), here.to(KIND), PRECISION)
+    if kept is not None:
+        store(kept + ((chunks + keep - 1) // keep * lines + line) * size, channel, P, K, column, P, state)
+    if final is not None:
+        store(final + line * size, channel, P, K, column, P, state)
+
+
+@triton.jit
+def backward(
+    q, k, grad, source, erase, into, out, through, last, laters, first, q_b, q_t, q_g, k_b, k_t, k_g, grad_b,
+    grad_t, grad_h, length, chunks, heads, repeats,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk backwards from the gradient R of the final state (``last``) to that of the initial one (``first``).
+
+        X ← scoresᵀ ∂y + K_out R,    R ← through R + Q_intoᵀ ∂y − K_intoᵀ diag(β) Tᵀ X,    ∂U = X.
+
+    X takes the place of scoresᵀ ∂y (``source``); the gradient of the state after each chunk is stored (``laters``).
+    """
+    line, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PB + tl.arange(0, PB)
+    batch, head = line // heads, line % heads
+    row, channel = tl.arange(0, C), tl.arange(0, KB)
+    KIND: tl.constexpr = erase.dtype.element_ty
+    size: tl.constexpr = K * P
+    later = tl.zeros([KB, PB], tl.float32)
+    if last is not None:
+        later = load(last + line * size, channel, P, K, column, P)
+    q += batch * q_b + (head // repeats) * q_g
+    k += batch * k_b + (head // repeats) * k_g
+    grad += batch * grad_b + head * grad_h
+    for back in range(chunks):
+        n = chunks - 1 - back
+        at, rows = line * chunks + n, length - n * C
+        step = (at - line * chunks) * C
+        narrow = later.to(KIND)
+        store(laters + at * size, channel, P, K, column, P, narrow)
+        key = load(k + step * k_t, row, k_t, rows, channel, K).to(KIND)
+        here = product(key, narrow, PRECISION)
+        if out is not None:
+            here *= tl.load(out + at * C + row)[:, None]
+        here += load(source + at * C * P, row, P, C, column, P)
+        store(source + at * C * P, row, P, C, column, P, here)
+        came = load(grad + step * grad_t, row, grad_t, rows, column, P).to(KIND)
+        if not CHANNELS:
+            if into is not None:
+                came = (came * tl.load(into + at * C + row)[:, None]).to(KIND)
+        if through is not None:
+            later = passed(through, later, at, K, KB, CHANNELS)
+        query = load(q + step * q_t, row, q_t, rows, channel, K).to(KIND)
+        later += product(tl.trans(query), came, PRECISION)
+        erased = load(erase + at * C * K, row, K, C, channel, K)
+        later += product(tl.trans(erased), here.to(KIND), PRECISION)
+    store(first + line * size, channel, P, K, column, P, later)
+
+
+@triton.jit
+def step(
+    q, k, v, beta, g, start, initial, y, final,
+    q_b, _q, q_g, k_b, _k, k_g, v_b, _v, v_h, beta_b, _beta, beta_h, g_b, _g, g_h, heads, repeats,
+    K: tl.constexpr, P: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Take one step: S ← e^g S, u = β (v − Sᵀ k), y = Sᵀ q + (q · k) u, S ← S + k uᵀ, in one pass over the state."""
+    line, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PB + tl.arange(0, PB)
+    batch, head, channel = line // heads, line % heads, tl.arange(0, KB)
+    group, there, inside = head // repeats, channel < K, column < P
+    query = tl.load(q + batch * q_b + group * q_g + channel, mask=there, other=0).to(tl.float32)
+    key = tl.load(k + batch * k_b + group * k_g + channel, mask=there, other=0).to(tl.float32)
+    value = tl.load(v + batch * v_b + head * v_h + column, mask=inside, other=0).to(tl.float32)
+    strength = tl.load(beta + batch * beta_b + head * beta_h).to(tl.float32)
+    state = tl.zeros([KB, PB], tl.float32)
+    if initial is not None:
+        state = load(initial + line * K * P, channel, P, K, column, P)
+        if g is not None:
+            g += batch * g_b + head * g_h
+            if CHANNELS:
+                state *= tl.exp2(tl.load(g + channel, mask=there, other=0).to(tl.float32) * LOG2E)[:, None]
+            else:
+                state *= tl.exp2(tl.load(g).to(tl.float32) * LOG2E)
+        if start is not None:
+            state = tl.where(tl.load(start + batch), 0.0, state)
+    written = strength * (value - tl.sum(key[:, None] * state, 0))
+    read = tl.sum(query[:, None] * state, 0) + tl.sum(query * key, 0) * written
+    tl.store(y + line * P + column, read.to(y.dtype.element_ty), mask=inside)
+    store(final + line * K * P, channel, P, K, column, P, state + key[:, None] * written[None, :])
