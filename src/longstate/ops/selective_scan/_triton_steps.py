@@ -1,0 +1,126 @@
+"""What the forward and the backward kernel of the selective scan share.
+
+A program takes R × L channels of one sequence through time in tiles of steps. A tile has the axes
+[R, STEPS, N, L]: N states, and L channels on the lanes of a warp. Triton lays out the last axis over the lanes and the
+next over the warps, so that a thread holds all steps of a tile and sums over R without another thread; a scan over the
+steps is then the plain recurrence in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def channels(width: Any, R: tl.constexpr, L: tl.constexpr) -> Any:
+    """Return the channels [R, L] of this program, and which there are."""
+    channel = tl.program_id(0) * (R * L) + tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
+    return channel, channel < width
+
+
+@triton.jit
+def places(channel: Any, width: Any, states: Any, N: tl.constexpr) -> Any:
+    """Return where the states [R, N, L] of channels are in [d n], and which there are."""
+    n = tl.arange(0, N)[None, :, None]
+    return channel[:, None, :] * states + n, (channel < width)[:, None, :] & (n < states)
+
+
+@triton.jit
+def read_rates(A: Any, at: Any, there: Any, LOG_A: tl.constexpr) -> Any:
+    """Return A [R, N, L], from itself or from log(−A)."""
+    rate = tl.load(A + at, there, 0.0).to(tl.float32)
+    if LOG_A:
+        rate = -tl.exp(rate)
+    return rate
+
+
+@triton.jit
+def read_rows(x: Any, batch: Any, by_batch: Any, first: Any, by_row: Any, row: Any, column: Any, there: Any) -> Any:
+    """Return the steps ``first + row`` of x [b t …] in float32; zero where there are none."""
+    begin = x + batch * by_batch + tl.cast(first, tl.int64) * by_row
+    return tl.load(begin + row * by_row + column, there, 0.0).to(tl.float32)
+
+
+@triton.jit
+def pin(x: Any) -> Any:
+    """Return x [R, STEPS, L]. The sum over an axis of one keeps the compiler from computing x anew, and the same, in
+    each of the threads that hold the states of a step and channel."""
+    return tl.sum(x[None], 0)
+
+
+@triton.jit
+def softplus(x: Any) -> Any:
+    """Return log(1 + eˣ) = max(x, 0) + 2 artanh(e/(2 + e)) for e = e^−|x|, to the last digits also where it is small:
+    the series ends where (1/3)¹⁶/17 is nothing beside one."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    s = e / (2 + e)
+    q = s * s
+    p = q * (1 / 15) + 1 / 13
+    p = p * q + 1 / 11
+    p = p * q + 1 / 9
+    p = p * q + 1 / 7
+    p = p * q + 1 / 5
+    p = p * q + 1 / 3
+    return tl.maximum(x, 0.0) + 2 * (s + s * q * p)
+
+
+@triton.jit
+def sigmoid(x: Any) -> Any:
+    """Return 1/(1 + e^−x)."""
+    return 1 / (1 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def onwards(s1: Any, a1: Any, b1: Any, w1: Any, s2: Any, a2: Any, b2: Any, w2: Any) -> Any:
+    """Join two runs of steps h ← a h + b, the second of which begins anew if s2: b is the state after a run, and w what
+    of it comes from before its last step."""
+    before = tl.where(s2 != 0, 0.0, a2 * b1)
+    return s1 | s2, a1 * a2, before + b2, before + w2
+
+
+@triton.jit
+def backwards(s1: Any, a1: Any, c1: Any, v1: Any, b1: Any, s2: Any, a2: Any, c2: Any, v2: Any, b2: Any) -> Any:
+    """Join two runs of steps λ = q + μ, μ ← a λ, of which the first is later in time: b is λ at the earliest step, v is
+    μ before it, c the product of all a of a run but that of its earliest step."""
+    before = tl.where(s2 != 0, 0.0, a2 * v1)
+    return s1 | s2, a1 * a2, a1 * c2, before + v2, c2 * v1 + b2
+
+
+@triton.jit
+def pick(x: Any, i: tl.constexpr, STEPS: tl.constexpr) -> Any:
+    """Return step i of [R, STEPS, N, L], exactly: the others' bits are replaced by zeros, which costs nothing where one
+    thread holds all steps."""
+    step = tl.arange(0, STEPS)[None, :, None, None]
+    return tl.sum(tl.where(step == i, x.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def marks(start: Any, at: Any, there: Any, a: Any) -> Any:
+    """Return where sequences begin anew, as whole numbers of the shape of ``a`` [R, STEPS, N, L]."""
+    if start is None:
+        s = tl.zeros(a.shape, tl.int32)
+    else:
+        s = tl.load(start + at, there, 0).to(tl.int32)[None, :, None, None].broadcast_to(a.shape)
+    return s
+
+
+@triton.jit
+def carry_on(state: Any, ends: Any, decays: Any, segment: Any, stride: Any, at: Any, there: Any) -> Any:
+    """Return the state [R, N, L] after a segment: its end from zero, and what is left of the state before. A negative
+    decay stands for a start, which not even infinity passes."""
+    begin = tl.cast(segment, tl.int64) * stride
+    decay = tl.load(decays + begin + at, there, 0.0)
+    return tl.where(decay < 0, 0.0, decay * state) + tl.load(ends + begin + at, there, 0.0)
+
+
+@triton.jit
+def store_end(state: Any, ends: Any, decays: Any, rate: Any, time: Any, starts: Any, begin: Any, at: Any, there: Any) -> Any:
+    """Store a segment's end [R, N, L] and its decay e^(A Σ Δ), of the sum of its steps [R, L]."""
+    tl.store(ends + begin + at, state, there)
+    tl.store(decays + begin + at, tl.where(starts > 0, -1.0, tl.exp2(rate * time[:, None])), there)
