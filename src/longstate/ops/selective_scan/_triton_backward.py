@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -33,65 +31,65 @@ from ._triton_steps import (
 # before it adds up its lanes. ``programs`` is how many of them run at a time on a large device.
 TILES = _triton.Tiles(
     "selective_scan_backward",
-    default={"rows": 2, "lanes": 32, "warps": 8, "programs": 132},
+    default={"rows": 1, "lanes": 32, "warps": 8, "programs": 132},
     interpreter={"rows": 2, "lanes": 2, "programs": 6},
     space={"rows": [1, 2, 4], "lanes": [32], "warps": [4, 8, 16]},
 )
-HELD = 64  # numbers of a tile that a thread may hold
+HELD = 32  # numbers of a tile that a thread may hold, several such tiles at a time
 LEAST = 512  # steps of a segment
 
 
 @triton.jit
 def _backward(
-    u: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    gate: Any,
-    bias: Any,
-    elapsed: Any,
-    start: Any,
-    kept: Any,
-    grad: Any,
-    grad_final: Any,
-    grad_u: Any,
-    grad_dt: Any,
-    grad_gate: Any,
-    grad_A: Any,
-    grad_B: Any,
-    grad_C: Any,
-    grad_D: Any,
-    grad_bias: Any,
-    grad_elapsed: Any,
-    grad_initial: Any,
-    ends: Any,
-    decays: Any,
-    u_batch: Any,
-    u_row: Any,
-    dt_batch: Any,
-    dt_row: Any,
-    B_batch: Any,
-    B_row: Any,
-    C_batch: Any,
-    C_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    grad_batch: Any,
-    grad_row: Any,
-    A_row: Any,
-    length: Any,
-    width: Any,
-    states: Any,
-    span: Any,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    gate,
+    bias,
+    elapsed,
+    start,
+    kept,
+    grad,
+    grad_final,
+    grad_u,
+    grad_dt,
+    grad_gate,
+    grad_A,
+    grad_B,
+    grad_C,
+    grad_D,
+    grad_bias,
+    grad_elapsed,
+    grad_initial,
+    ends,
+    decays,
+    u_batch,
+    u_row,
+    dt_batch,
+    dt_row,
+    B_batch,
+    B_row,
+    C_batch,
+    C_row,
+    gate_batch,
+    gate_row,
+    grad_batch,
+    grad_row,
+    A_row,
+    length,
+    width,
+    states,
+    span,
     SOFTPLUS: tl.constexpr,
     LOG_A: tl.constexpr,
     STEPS: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
     L: tl.constexpr,
-) -> None:
+):
     """With g = grad ∘ SiLU(gate), x = Δ u and z = Δ A, in one segment of ``span`` steps:
 
     λ_t = C_t g_t + e^z_{t+1} λ_{t+1},    ∂B_t = Σ λ_t x_t,    ∂C_t = Σ h_t g_t    (over channels)
@@ -144,18 +142,21 @@ def _backward(
         delta = tl.where(mask, delta, 0.0)
         delta_n = pin(delta)[:, :, None]
         a = tl.exp2(delta_n * rate[:, None])
-        s = marks(start, batch * length + first + row, now, a)
         if gate is not None:
             z = read_rows(gate, batch, gate_batch, first, gate_row, row[None, :, None], column, mask)
             opening = sigmoid(z)
             by_gate = g * opening * (1 + z * (1 - opening))
             g *= z * opening
         q = C_t * pin(g)[:, :, None]
-        into = tl.where(row[None, :, None, None] == STEPS - 1, q + mu[:, None], q)
-        v = tl.where(s != 0, 0.0, a * into)
+        # Back in time is forwards in a tile turned round. Scans have a flag for that, but would move each number.
+        into, a_back = tl.flip(q, 1), tl.flip(a, 1)
+        into = tl.where(row[None, :, None, None] == 0, into + mu[:, None], into)
+        back = first + STEPS - 1 - row
+        s = marks(start, batch * length + back, back < length, a)
+        v = tl.where(s != 0, 0.0, a_back * into)
         one = tl.full([R, STEPS, N, L], 1.0, tl.float32)
-        _, _, _, v, lam = tl.associative_scan((s, a, one, v, into), 1, backwards, reverse=True)
-        mu = pick(v, 0, STEPS)
+        _, _, _, v, lam = tl.associative_scan((s, a_back, one, v, into), 1, backwards)
+        mu = pick(v, STEPS - 1, STEPS)
         if grad_u is None:
             time += tl.sum(delta, 1)
             if start is not None:
@@ -165,6 +166,8 @@ def _backward(
             B_t = read_rows(B, batch, B_batch, first, B_row, row[:, None], n, now_n)[None, :, :, None]
             h = tl.load(kept + ((first // STEPS) * batches + batch) * sizes + at, there, 0.0)
             x = pin(delta * u_t)[:, :, None]
+            lam = tl.flip(lam, 1)
+            s = marks(start, batch * length + first + row, now, a)
             w = tl.where((row[None, :, None, None] == 0) & (s == 0), a * h[:, None], -0.0)  # and −0 + w is w
             _, _, h_t, w = tl.associative_scan((s, a, x * B_t + w, w), 1, onwards)
             place = (batch * length + first) * width + row[None, :, None] * width + column

@@ -8,8 +8,6 @@ steps is then the plain recurrence in registers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,21 +16,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def channels(width: Any, R: tl.constexpr, L: tl.constexpr) -> Any:
+def channels(width, R: tl.constexpr, L: tl.constexpr):
     """Return the channels [R, L] of this program, and which there are."""
     channel = tl.program_id(0) * (R * L) + tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
     return channel, channel < width
 
 
 @triton.jit
-def places(channel: Any, width: Any, states: Any, N: tl.constexpr) -> Any:
+def places(channel, width, states, N: tl.constexpr):
     """Return where the states [R, N, L] of channels are in [d n], and which there are."""
     n = tl.arange(0, N)[None, :, None]
     return channel[:, None, :] * states + n, (channel < width)[:, None, :] & (n < states)
 
 
 @triton.jit
-def read_rates(A: Any, at: Any, there: Any, LOG_A: tl.constexpr) -> Any:
+def read_rates(A, at, there, LOG_A: tl.constexpr):
     """Return A [R, N, L], from itself or from log(−A)."""
     rate = tl.load(A + at, there, 0.0).to(tl.float32)
     if LOG_A:
@@ -41,21 +39,21 @@ def read_rates(A: Any, at: Any, there: Any, LOG_A: tl.constexpr) -> Any:
 
 
 @triton.jit
-def read_rows(x: Any, batch: Any, by_batch: Any, first: Any, by_row: Any, row: Any, column: Any, there: Any) -> Any:
+def read_rows(x, batch, by_batch, first, by_row, row, column, there):
     """Return the steps ``first + row`` of x [b t …] in float32; zero where there are none."""
     begin = x + batch * by_batch + tl.cast(first, tl.int64) * by_row
     return tl.load(begin + row * by_row + column, there, 0.0).to(tl.float32)
 
 
 @triton.jit
-def pin(x: Any) -> Any:
+def pin(x):
     """Return x [R, STEPS, L]. The sum over an axis of one keeps the compiler from computing x anew, and the same, in
     each of the threads that hold the states of a step and channel."""
     return tl.sum(x[None], 0)
 
 
 @triton.jit
-def softplus(x: Any) -> Any:
+def softplus(x):
     """Return log(1 + eˣ) = max(x, 0) + 2 artanh(e/(2 + e)) for e = e^−|x|, to the last digits also where it is small:
     the series ends where (1/3)¹⁶/17 is nothing beside one."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
@@ -71,13 +69,13 @@ def softplus(x: Any) -> Any:
 
 
 @triton.jit
-def sigmoid(x: Any) -> Any:
+def sigmoid(x):
     """Return 1/(1 + e^−x)."""
     return 1 / (1 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
-def onwards(s1: Any, a1: Any, b1: Any, w1: Any, s2: Any, a2: Any, b2: Any, w2: Any) -> Any:
+def onwards(s1, a1, b1, w1, s2, a2, b2, w2):
     """Join two runs of steps h ← a h + b, the second of which begins anew if s2: b is the state after a run, and w what
     of it comes from before its last step."""
     before = tl.where(s2 != 0, 0.0, a2 * b1)
@@ -85,7 +83,7 @@ def onwards(s1: Any, a1: Any, b1: Any, w1: Any, s2: Any, a2: Any, b2: Any, w2: A
 
 
 @triton.jit
-def backwards(s1: Any, a1: Any, c1: Any, v1: Any, b1: Any, s2: Any, a2: Any, c2: Any, v2: Any, b2: Any) -> Any:
+def backwards(s1, a1, c1, v1, b1, s2, a2, c2, v2, b2):
     """Join two runs of steps λ = q + μ, μ ← a λ, of which the first is later in time: b is λ at the earliest step, v is
     μ before it, c the product of all a of a run but that of its earliest step."""
     before = tl.where(s2 != 0, 0.0, a2 * v1)
@@ -93,7 +91,7 @@ def backwards(s1: Any, a1: Any, c1: Any, v1: Any, b1: Any, s2: Any, a2: Any, c2:
 
 
 @triton.jit
-def pick(x: Any, i: tl.constexpr, STEPS: tl.constexpr) -> Any:
+def pick(x, i: tl.constexpr, STEPS: tl.constexpr):
     """Return step i of [R, STEPS, N, L], exactly: the others' bits are replaced by zeros, which costs nothing where one
     thread holds all steps."""
     step = tl.arange(0, STEPS)[None, :, None, None]
@@ -101,7 +99,7 @@ def pick(x: Any, i: tl.constexpr, STEPS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def marks(start: Any, at: Any, there: Any, a: Any) -> Any:
+def marks(start, at, there, a):
     """Return where sequences begin anew, as whole numbers of the shape of ``a`` [R, STEPS, N, L]."""
     if start is None:
         s = tl.zeros(a.shape, tl.int32)
@@ -111,7 +109,7 @@ def marks(start: Any, at: Any, there: Any, a: Any) -> Any:
 
 
 @triton.jit
-def carry_on(state: Any, ends: Any, decays: Any, segment: Any, stride: Any, at: Any, there: Any) -> Any:
+def carry_on(state, ends, decays, segment, stride, at, there):
     """Return the state [R, N, L] after a segment: its end from zero, and what is left of the state before. A negative
     decay stands for a start, which not even infinity passes."""
     begin = tl.cast(segment, tl.int64) * stride
@@ -120,7 +118,7 @@ def carry_on(state: Any, ends: Any, decays: Any, segment: Any, stride: Any, at: 
 
 
 @triton.jit
-def store_end(state: Any, ends: Any, decays: Any, rate: Any, time: Any, starts: Any, begin: Any, at: Any, there: Any) -> Any:
+def store_end(state, ends, decays, rate, time, starts, begin, at, there):
     """Store a segment's end [R, N, L] and its decay e^(A Σ Δ), of the sum of its steps [R, L]."""
     tl.store(ends + begin + at, state, there)
     tl.store(decays + begin + at, tl.where(starts > 0, -1.0, tl.exp2(rate * time[:, None])), there)

@@ -3,8 +3,6 @@ which the backward pass starts from."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -46,45 +44,45 @@ LEAST = 256  # steps of a segment
 
 @triton.jit
 def _forward(
-    u: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    initial: Any,
-    gate: Any,
-    bias: Any,
-    elapsed: Any,
-    start: Any,
-    y: Any,
-    final: Any,
-    kept: Any,
-    ends: Any,
-    decays: Any,
-    u_batch: Any,
-    u_row: Any,
-    dt_batch: Any,
-    dt_row: Any,
-    B_batch: Any,
-    B_row: Any,
-    C_batch: Any,
-    C_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    A_row: Any,
-    length: Any,
-    width: Any,
-    states: Any,
-    span: Any,
-    keep: Any,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    initial,
+    gate,
+    bias,
+    elapsed,
+    start,
+    y,
+    final,
+    kept,
+    ends,
+    decays,
+    u_batch,
+    u_row,
+    dt_batch,
+    dt_row,
+    B_batch,
+    B_row,
+    C_batch,
+    C_row,
+    gate_batch,
+    gate_row,
+    A_row,
+    length,
+    width,
+    states,
+    span,
+    keep,
     SOFTPLUS: tl.constexpr,
     LOG_A: tl.constexpr,
     STEPS: tl.constexpr,
     N: tl.constexpr,
     L: tl.constexpr,
     STAGES: tl.constexpr,
-) -> None:
+):
     """h_t = e^(Δ_t A) ∘ h_{t−1} + B_t Δ_t u_t, y_t = (C_tᵀ h_t + D ∘ u_t) ∘ SiLU(gate_t) in one segment of ``span``
     steps. Without y, the segment's end from a zero state and its decay."""
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
