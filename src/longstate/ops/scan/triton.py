@@ -4,7 +4,7 @@ the device empty unless time is cut into segments.
 
 A program takes some channels of one sequence through a segment in tiles [STEPS, WIDTH]. Each lane of a warp has a
 channel and all steps of a tile, so that a scan over them is the plain recurrence in registers, and the loads of a
-tile are under way together. Complex numbers are pairs of floats.
+tile are under way together. Complex numbers are read as 64 bits.
 """
 
 from __future__ import annotations
@@ -42,26 +42,32 @@ def _join_real(s1, a1, b1, s2, a2, b2):
 
 
 @triton.jit
-def _places(begin, rows, columns, PAIRS: tl.constexpr):
-    """Return where numbers are. A lane takes one of a row, not several side by side, which is what the hint is for: no
-    other lane then has steps of its channels."""
-    at = begin + rows[:, None] + columns[None, :] * (2 if PAIRS else 1)
-    return tl.max_contiguous(at, [1, 1])
+def _places(rows, columns):
+    """Return where numbers are, from the first row on. A lane takes one of a row, not several side by side, for which
+    the hint is (they do not begin where wide loads do): no other lane then has steps of its channels."""
+    return tl.multiple_of(rows[:, None] + columns[None, :], [1, 1])
 
 
 @triton.jit
 def _read(x, at, there, PAIRS: tl.constexpr):
     """Return numbers' real and imaginary parts in float32; for real ones 0 for the latter."""
-    real = tl.load(x + at, there, 0.0).to(tl.float32)
-    return real, tl.load(x + at + 1, there, 0.0) if PAIRS else tl.zeros_like(real)
+    if PAIRS:
+        both = tl.load(x + at, there, 0)
+        re, im = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        re = tl.load(x + at, there, 0.0).to(tl.float32)
+        im = tl.zeros_like(re)
+    return re, im
 
 
 @triton.jit
 def _write(x, at, re, im, there, PAIRS: tl.constexpr):
     """Store numbers' real and imaginary parts."""
-    tl.store(x + at, re.to(x.dtype.element_ty), there)
     if PAIRS:
-        tl.store(x + at + 1, im, there)
+        low = re.to(tl.uint32, bitcast=True).to(tl.int64)
+        tl.store(x + at, low | (im.to(tl.int32, bitcast=True).to(tl.int64) << 32), there)
+    else:
+        tl.store(x + at, re.to(x.dtype.element_ty), there)
 
 
 @triton.jit
@@ -131,46 +137,50 @@ def _run(
     of all in ``first_state``; in ``before`` is which of them is h_{t−1}, where that is not t − 1.
     """
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    unit: tl.constexpr = 2 if PAIRS else 1
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     known = c < width
-    size = tl.cast(width, tl.int64) * unit
-    plane = tl.num_programs(2) * tl.num_programs(1) * tl.cast(width, tl.int64)
+    size = tl.cast(width, tl.int64)
+    plane = tl.num_programs(2) * tl.num_programs(1) * size
     hr, hi = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     pr, pi = tl.full([WIDTH], 1.0, tl.float32), tl.zeros([WIDTH], tl.float32)
     sum_r, sum_i, lost_r, lost_i = hr, hi, hr, hi
     anew = 0
     if h is not None:
         if initial is not None:
-            hr, hi = _read(initial, batch * size + c * unit, known, PAIRS)
+            hr, hi = _read(initial, batch * size + c, known, PAIRS)
         if ends is not None:
-            for i in range(segment):
-                at = (tl.cast(i, tl.int64) * tl.num_programs(1) + batch) * width + c
-                hr, hi = _carry_on(hr, hi, ends, at, plane, known)
+            for j in range(segment):
+                end = (tl.cast(j, tl.int64) * tl.num_programs(1) + batch) * width + c
+                hr, hi = _carry_on(hr, hi, ends, end, plane, known)
+    row = tl.arange(0, STEPS)
+    way = -row if BACK else row
     count = length + (1 if BACK else 0)
     stop = tl.minimum(count, (segment + 1) * span)
     for begin in range(segment * span, stop, STEPS):
-        i = begin + tl.arange(0, STEPS)
+        i = begin + row
         t = length - 1 - i if BACK else i
         on = t + 1 if BACK else t  # the step whose coefficient leads here
-        there = ((i < stop) & (t >= 0))[:, None] & known[None, :]
-        on_there = (i < stop) & (on < length)
-        t_8, on_8 = t.to(tl.int64), on.to(tl.int64)
-        br, bi = _read(b, _places(batch * b_batch, t_8 * b_row, c, PAIRS), there, PAIRS)
-        a_rows = tl.zeros([1], tl.int64) if FIXED else on_8 * a_row
-        a_there = known[None, :] if FIXED else on_there[:, None] & known[None, :]
-        ar, ai = _read(a, _places(batch * a_batch, a_rows, c, PAIRS), a_there, PAIRS)
-        ar = tl.where(on_there[:, None], ar, 1.0)
-        ai = tl.where(on_there[:, None], -ai if BACK else ai, 0.0)
+        t_0 = tl.cast(length - 1 - begin if BACK else begin, tl.int64)  # of the tile's first row
+        on_0 = t_0 + 1 if BACK else t_0
+        inside, on_inside = (i < stop) & (t >= 0), (i < stop) & (on < length)
+        there = inside[:, None] & known[None, :]
+        br, bi = _read(b + batch * b_batch + t_0 * b_row, _places(way * b_row, c), there, PAIRS)
+        if FIXED:
+            ar, ai = _read(a, c[None, :], known[None, :], PAIRS)
+        else:
+            there_a = on_inside[:, None] & known[None, :]
+            ar, ai = _read(a + batch * a_batch + on_0 * a_row, _places(way * a_row, c), there_a, PAIRS)
+        ar = tl.where(on_inside[:, None], ar, 1.0)
+        ai = tl.where(on_inside[:, None], -ai if BACK else ai, 0.0)
         s = tl.zeros([STEPS, WIDTH], tl.int32)
         counts = there
         if valid is not None:
-            now = tl.load(valid + batch * length + on, on_there, 0) != 0
+            now = tl.load(valid + batch * length + on, on_inside, 0) != 0
             ar, ai = tl.where(now[:, None], ar, 1.0), tl.where(now[:, None], ai, 0.0)
-            counts = there & (tl.load(valid + batch * length + t, (i < stop) & (t >= 0), 0) != 0)[:, None]
+            counts = there & (tl.load(valid + batch * length + t, inside, 0) != 0)[:, None]
             br, bi = tl.where(counts, br, 0.0), tl.where(counts, bi, 0.0)
         if start is not None:
-            s = tl.load(start + batch * length + on, on_there, 0).to(tl.int32)
+            s = tl.load(start + batch * length + on, on_inside, 0).to(tl.int32)
             anew += tl.sum(s, 0)
             s = s[:, None].broadcast_to(STEPS, WIDTH)
         ar, ai, br, bi = _states(s, ar, ai, br, bi, hr, hi, STEPS, PAIRS)
@@ -180,17 +190,19 @@ def _run(
             pr, pi = (pr * qr - pi * qi, pr * qi + pi * qr) if PAIRS else (pr * qr, pi)
         else:
             out_r, out_i = (br, bi) if valid is None else (tl.where(counts, br, 0.0), tl.where(counts, bi, 0.0))
-            at = _places(batch * length * size, t_8 * size, c, PAIRS)
-            _write(h, at, out_r, out_i, there, PAIRS)
+            at, rows = _places(way * width, c), (batch * length + t_0) * size
+            _write(h + rows, at, out_r, out_i, there, PAIRS)
             if BACK:
-                last = t_8 - 1 if before is None else tl.load(before + batch * length + t, (i < stop) & (t >= 0), 0)
+                last = t - 1
+                if before is not None:
+                    last = tl.load(before + batch * length + t, inside, 0).to(tl.int32)
                 if start is not None:
-                    counts &= (tl.load(start + batch * length + t, (i < stop) & (t >= 0), 0) == 0)[:, None]
-                place = _places(batch * length * size, last * size, c, PAIRS)
-                xr, xi = _read(states, place, counts & (last >= 0)[:, None], PAIRS)
+                    counts &= (tl.load(start + batch * length + t, inside, 0) == 0)[:, None]
+                past = states + batch * length * size + t_0 * size
+                from_there = _places((last - t_0).to(tl.int64) * width, c)
+                xr, xi = _read(past, from_there, counts & (last >= 0)[:, None], PAIRS)
                 if first_state is not None:
-                    place = _places(batch * size, t_8 * 0, c, PAIRS)
-                    yr, yi = _read(first_state, place, counts & (last < 0)[:, None], PAIRS)
+                    yr, yi = _read(first_state + batch * size, _places(row * 0, c), counts & (last < 0)[:, None], PAIRS)
                     xr, xi = xr + yr, xi + yi
                 gr, gi = (br * xr + bi * xi, bi * xr - br * xi) if PAIRS else (br * xr, bi)
                 gr, gi = tl.where(counts, gr, 0.0), tl.where(counts, gi, 0.0)
@@ -199,7 +211,7 @@ def _run(
                     lost_r, lost_i = (sum_r + xr - sum_r) - xr, (sum_i + xi - sum_i) - xi
                     sum_r, sum_i = sum_r + xr, sum_i + xi
                 else:
-                    _write(grad_a, at, gr, gi, there, PAIRS)
+                    _write(grad_a + rows, at, gr, gi, there, PAIRS)
     part = (tl.cast(segment, tl.int64) * tl.num_programs(1) + batch) * width
     if h is None:
         tl.store(ends + part + c, hr, known)
@@ -209,9 +221,9 @@ def _run(
         tl.store(ends + 4 * plane + part + c, tl.zeros([WIDTH], tl.float32) + anew, known)
     else:
         if FIXED and BACK:
-            _write(grad_a, (part + c) * unit, sum_r, sum_i, known, PAIRS)
+            _write(grad_a, part + c, sum_r, sum_i, known, PAIRS)
         if segment == tl.num_programs(2) - 1:
-            _write(final, batch * size + c * unit, hr, hi, known, PAIRS)
+            _write(final, batch * size + c, hr, hi, known, PAIRS)
 
 
 def scan(
@@ -261,20 +273,18 @@ def _launch(
     rows = _rows(b)
     (batch, length, width), pairs, back = rows.shape, b.is_complex(), past is not None
     coefficients = native.in_rows(a.resolve_conj().reshape(1, 1, -1)) if fixed else _rows(a)
-    use, grid, span = _split(b, batch, length + back, width)
+    use, grid, span = _split(b, batch, length + back, width, pairs or back)
     grad_a = a.new_empty((grid[2] * batch, width) if fixed else a.shape, dtype=final.dtype if fixed else a.dtype)
-    unit = 2 if pairs else 1
-    strides = [unit * x for x in rows.stride()[:2]]
-    strides += [0, 0] if fixed else [unit * x for x in coefficients.stride()[:2]]
-    inputs = (_floats(initial), *(native.side_by_side(x) for x in (start, valid)))
+    strides = [*rows.stride()[:2], *coefficients.stride()[:2]]
+    inputs = (_numbers(initial), *(native.side_by_side(x) for x in (start, valid)))
     states, first, before = past if past is not None else (None, None, None)
-    behind = (_floats(grad_a) if back else None, _floats(states), _floats(first), before)
+    behind = (_numbers(grad_a) if back else None, _numbers(states), _numbers(first), before)
     sizes = (*strides, length, width, span)
     flags = (back, fixed, pairs, use["steps"], use["width"])
 
     def start_kernel(h: Tensor | None, final: Tensor | None, ends: Tensor | None, behind: tuple[Tensor | None, ...]) -> None:
-        arguments = (_floats(coefficients), *inputs, _floats(h), _floats(final), ends, *behind)
-        _triton.launch(_run, grid, _floats(rows), *arguments, *sizes, *flags, num_warps=use["warps"])
+        arguments = (_bits(coefficients), *inputs, _numbers(h), _numbers(final), ends, *behind)
+        _triton.launch(_run, grid, _bits(rows), *arguments, *sizes, *flags, num_warps=use["warps"])
 
     ends = None
     if grid[2] > 1:
@@ -291,18 +301,21 @@ def _rows(x: Tensor) -> Tensor:
     return native.in_rows(x.resolve_conj())
 
 
-def _floats(x: Tensor | None) -> Tensor | None:
-    """Return where a tensor's numbers are, as floats; those of one that is not in rows, side by side."""
-    if x is None:
-        return None
-    x = x if x.ndim == 3 and x.stride(-1) == 1 and not x.is_conj() else x.resolve_conj().contiguous()
-    return torch.view_as_real(x) if x.is_complex() else x
+def _numbers(x: Tensor | None) -> Tensor | None:
+    """Return a tensor as the kernel takes it: side by side, and a complex number as 64 bits."""
+    return None if x is None else _bits(x.resolve_conj().contiguous())
 
 
-def _split(x: Tensor, batch: int, length: int, width: int) -> tuple[dict[str, int], tuple[int, int, int], int]:
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int64) if x.is_complex() else x
+
+
+def _split(
+    x: Tensor, batch: int, length: int, width: int, wide: bool
+) -> tuple[dict[str, int], tuple[int, int, int], int]:
     """Return the tile, the grid (channels, sequences, segments of time) and the steps of a segment."""
     use = TILES(x, batch=batch, length=length, width=width)
-    use["steps"] = min(use["steps"], _triton.power_of_2(length))
+    use["steps"] = min(use["steps"] // (2 if wide else 1), _triton.power_of_2(length))  # so that registers suffice
     across = _triton.cdiv(width, use["width"])
     # Segments are read twice: two of them would gain nothing.
     segments = min(use["programs"] // max(1, across * batch), _triton.cdiv(length, use["steps"] if _triton.interpreted else LEAST))
