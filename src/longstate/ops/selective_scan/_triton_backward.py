@@ -126,7 +126,8 @@ def _backward(
         now_n = now[:, None] & (n < states)
         raw = read_rows(dt, batch, dt_batch, first, dt_row, row[None, :, None], column, mask)
         g = read_rows(grad, batch, grad_batch, first, grad_row, row[None, :, None], column, mask)
-        C_t = read_rows(C, batch, C_batch, first, C_row, row[:, None], n, now_n)[None, :, :, None]
+        C_t = read_rows(C, batch, C_batch, first, C_row, row[:, None], n, now_n)
+        C_t = pin(C_t)[None, :, :, None]
         if bias is not None:
             raw += tl.load(bias + channel, known, 0.0).to(tl.float32)[:, None]
         slope = tl.full([R, STEPS, L], 1.0, tl.float32)  # of the step by what it is the softplus of
@@ -147,7 +148,8 @@ def _backward(
             opening = sigmoid(z)
             by_gate = g * opening * (1 + z * (1 - opening))
             g *= z * opening
-        q = C_t * pin(g)[:, :, None]
+        g_n = pin(g)[:, :, None]
+        q = C_t * g_n
         # Back in time is forwards in a tile turned round. Scans have a flag for that, but would move each number.
         into, a_back = tl.flip(q, 1), tl.flip(a, 1)
         into = tl.where(row[None, :, None, None] == 0, into + mu[:, None], into)
@@ -163,7 +165,8 @@ def _backward(
                 starts += tl.max(tl.max(tl.max(tl.max(s, 3), 2), 1), 0)
         else:
             u_t = read_rows(u, batch, u_batch, first, u_row, row[None, :, None], column, mask)
-            B_t = read_rows(B, batch, B_batch, first, B_row, row[:, None], n, now_n)[None, :, :, None]
+            B_t = read_rows(B, batch, B_batch, first, B_row, row[:, None], n, now_n)
+            B_t = pin(B_t)[None, :, :, None]
             h = tl.load(kept + ((first // STEPS) * batches + batch) * sizes + at, there, 0.0)
             x = pin(delta * u_t)[:, :, None]
             lam = tl.flip(lam, 1)
@@ -178,7 +181,7 @@ def _backward(
                 tl.store(grad_gate + place, (by_gate * out).to(grad_gate.dtype.element_ty), mask)
             piece = tl.program_id(0).to(tl.int64) * batches + batch
             place_n = (piece * length + first) * states + row[:, None] * states + n
-            tl.store(grad_C + place_n, tl.sum(tl.sum(h_t * pin(g)[:, :, None], 0), 2), now_n)
+            tl.store(grad_C + place_n, tl.sum(tl.sum(h_t * g_n, 0), 2), now_n)
             tl.store(grad_B + place_n, tl.sum(tl.sum(lam * x, 0), 2), now_n)
             by_x = tl.sum(lam * B_t, 2)
             w *= lam

@@ -47,8 +47,8 @@ def read_rows(x, batch, by_batch, first, by_row, row, column, there):
 
 @triton.jit
 def pin(x):
-    """Return x [R, STEPS, L]. The sum over an axis of one keeps the compiler from computing x anew, and the same, in
-    each of the threads that hold the states of a step and channel."""
+    """Return x, a number for each step and channel, or step and state. The sum over an axis of one keeps the compiler
+    from computing x anew in each of the threads that want it: they have it from one, through shared memory."""
     return tl.sum(x[None], 0)
 
 

@@ -118,7 +118,7 @@ def _forward(
             if first % keep == 0:
                 tl.store(kept + ((first // keep) * tl.num_programs(1) + batch) * sizes + at, h, there)
         a = tl.exp2(pin(step)[:, :, None] * rate[:, None])
-        x = pin(step * u_t)[:, :, None] * B_t[None, :, :, None]
+        x = pin(step * u_t)[:, :, None] * pin(B_t)[None, :, :, None]
         s = marks(start, batch * length + first + row, now, a)
         x = tl.where((row[None, :, None, None] == 0) & (s == 0), a * h[:, None] + x, x)
         _, _, h_t, _ = tl.associative_scan((s, a, x, x), 1, onwards)
@@ -129,7 +129,7 @@ def _forward(
                 starts += tl.max(tl.max(tl.max(tl.max(s, 3), 2), 1), 0)
         else:
             C_t = read_rows(C, batch, C_batch, first, C_row, row[:, None], n, now_n)
-            out = tl.sum(h_t * C_t[None, :, :, None], 2)
+            out = tl.sum(h_t * pin(C_t)[None, :, :, None], 2)
             if D is not None:
                 out += tl.load(D + channel, channel < width, 0.0).to(tl.float32)[:, None] * u_t
             if gate is not None:
@@ -202,7 +202,7 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, int
     batch, length, width = u.shape
     use = TILES(u, batch=batch, length=length, width=width, states=N)
     least = min(8, use["lanes"])
-    while use["lanes"] > least and batch * _triton.cdiv(width, use["lanes"]) < use["programs"]:
+    while use["lanes"] > least and 2 * batch * _triton.cdiv(width, use["lanes"]) <= use["programs"]:
         use["lanes"] //= 2
         use["steps"] *= 2
     while use["steps"] > 1 and use["steps"] * N * use["lanes"] > HELD * 32 * use["warps"]:

@@ -1,4 +1,4 @@
-"""Triton's interpreter, with scans of whole slices, and loops whose bounds are computed, which newer NumPy breaks."""
+"""Triton's interpreter, made to scan slice by slice, and to compute as GPUs do where it does not by itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """Scan slice by slice where the interpreter goes number by number, which takes a hundred times as long."""
+    """Scan slice by slice where the interpreter goes number by number, which takes a hundred times as long; loop to
+    bounds that are computed, which newer NumPy breaks; round to bfloat16's nearest number where it cuts off."""
+    from triton import language as tl
     from triton.runtime import interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, plain = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            narrow = torch.from_numpy(np.ascontiguousarray(data, np.float32)).bfloat16()
+            return narrow.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+        return plain(data, source, target, rounding)
 
     def patched(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -24,6 +33,8 @@ def mended() -> Iterator[None]:
     with (
         mock.patch.object(interpreter, "_patch_lang_tensor", patched),
         mock.patch.object(interpreter.ScanOps, "generic_scan", _scan),
+        mock.patch.object(interpreter, "_convert_float", convert),
+        np.errstate(all="ignore"),
     ):
         yield
 
