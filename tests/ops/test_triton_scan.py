@@ -1,4 +1,4 @@
-"""The scan's Triton kernel, in Triton's interpreter, beside the reference in float64; and what the compiler makes of it.
+"""The scan's Triton kernel, in Triton's interpreter, beside the reference in float64, and as the compiler makes it.
 
 Tiles are so small here that all calls but the shortest cross several, in several segments.
 """
@@ -22,7 +22,6 @@ from ops.test_cpu_scan import arguments, run, wide
 from poison import poisoned_memory
 
 
-
 def interpreted(test: Any) -> Any:
     return pytest.mark.interpreted(pytest.mark.skipif(not _triton.interpreted, reason="runs in the interpreter")(test))
 
@@ -37,8 +36,8 @@ def check(given: dict[str, torch.Tensor], options: dict[str, Any], unit: float =
     """Compare with the reference, by a bound for each number.
 
     Each is a sum of products of inputs: at most T coefficients before a step and T after it, rounded twice each, and as
-    often once more where segments are joined; of complex numbers with at most √8 of the error. The gradient of a fixed a
-    is a sum over T steps of B sequences. All that by the sum of the products' magnitudes, which is what the reference
+    often once more where segments are joined; of complex numbers with at most √8 of the error. The gradient of a fixed
+    a is a sum over T steps of B sequences. All that by the sum of the products' magnitudes, which is what the reference
     computes of the magnitudes. Narrow numbers are rounded on the way out, and h again on its way into a's gradient: two
     of their units more.
     """
@@ -55,8 +54,10 @@ def check(given: dict[str, torch.Tensor], options: dict[str, Any], unit: float =
 @interpreted
 @pytest.mark.parametrize(
     ("kind", "marks"),
-    [("fixed", "start valid"), ("step", ""), ("step", "valid"), ("step", "start valid"), ("fixed complex", "valid")]
-    + [("fixed complex", "start"), ("step complex", "start valid")],
+    [
+        *(("fixed", "start valid"), ("step", ""), ("step", "valid"), ("step", "start valid")),
+        *(("fixed complex", "valid"), ("fixed complex", "start"), ("step complex", "start valid")),
+    ],
 )
 def test_scan(kind: str, marks: str) -> None:
     check(arguments(kind, 2, 19, 9), flags(marks, 2, 19))

@@ -44,8 +44,11 @@ def check(given: dict[str, Any], options: dict[str, Any], bound: float = 3e-6) -
 @interpreted
 @pytest.mark.parametrize(
     ("shape", "marks", "around"),
-    [((2, 0, 3, 2), "start", "around"), ((1, 1, 1, 1), "", ""), ((0, 3, 2, 2), "", ""), ((2, 11, 5, 3), "valid", "")]
-    + [((2, 17, 5, 3), "start valid", "around"), ((1, 35, 3, 2), "start", ""), ((1, 35, 3, 2), "", "around")],
+    [
+        *(((2, 0, 3, 2), "start", "around"), ((1, 1, 1, 1), "", ""), ((0, 3, 2, 2), "", "")),
+        *(((2, 11, 3, 3), "valid", ""), ((2, 9, 5, 3), "start valid", "around")),
+        *(((1, 35, 3, 2), "start", ""), ((1, 35, 3, 2), "", "around")),
+    ],
     ids=str,
 )
 def test_selective_scan(shape: tuple[int, ...], marks: str, around: str) -> None:
@@ -131,14 +134,15 @@ def test_softplus_is_exact_where_it_is_small() -> None:
     y, _ = ops.selective_scan(
         ones, x.view(1, 1, -1), -torch.ones(11, 1), ones[..., :1], ones[..., :1], dt_softplus=True, backend="triton"
     )
-    torch.testing.assert_close(y[0, 0].double(), torch.nn.functional.softplus(x.double(), threshold=1e9), rtol=5e-7, atol=0)
+    wanted = torch.nn.functional.softplus(x.double(), threshold=1e9)
+    torch.testing.assert_close(y[0, 0].double(), wanted, rtol=5e-7, atol=0)
 
 
 @pytest.mark.compiled
 @pytest.mark.skipif(_triton.interpreted, reason="compiles nothing")
 @pytest.mark.parametrize("batch", [1, 8])
 def test_they_compile_for_hopper_without_spilling(batch: int) -> None:
-    """And the exponentials of a tile are computed once: of 16 states, and 4 more for each step and channel, both ways."""
+    """And the exponentials of a tile are computed once: 64 in a thread, and two more for each step and channel."""
     from targets import compiling, resources
 
     length, width, n = 4096, 768, 16
@@ -152,4 +156,4 @@ def test_they_compile_for_hopper_without_spilling(batch: int) -> None:
     assert [x.name for x in found] == (["_forward"] + ["_backward"] * 2 if batch == 1 else ["_forward", "_backward"])
     for x in found:
         assert "STACK:0 " in resources(x), (x.name, resources(x))
-    assert found[0].compiled.asm["ptx"].count("ex2.approx") <= 64 + 16 + 16
+    assert found[0].compiled.asm["ptx"].count("ex2.approx") <= 64 + 2 * 4 + 1 * 16

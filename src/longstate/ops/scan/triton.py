@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """The kernels for GPUs, forwards and backwards in time: what is read is read once, or twice where few channels leave
 the device empty unless time is cut into segments.
 
@@ -129,12 +130,12 @@ def _run(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """h_t = a_t h_{t−1} + b_t in one segment of ``span`` steps. Without h: the segment's end from zero, the product of
-    its coefficients and whether anything began anew in it.
+    """Run h_t = a_t h_{t−1} + b_t in one segment of ``span`` steps. Without h: the segment's end from zero, the product
+    of its coefficients and whether anything began anew in it.
 
-    BACK in time, and λ_t = g_t + ā_{t+1} λ_{t+1}: g stands in ``b``, λ goes to ``h``, and ``grad_a`` is λ_t h̄_{t−1}.
-    One step more, before the first, gives the gradient of the initial state. The states h_t are in ``states``, the first
-    of all in ``first_state``; in ``before`` is which of them is h_{t−1}, where that is not t − 1.
+    BACK in time, λ_t = g_t + ā_{t+1} λ_{t+1}: g stands in ``b``, λ goes to ``h``, and ``grad_a`` is λ_t h̄_{t−1}. One
+    step more, before the first, gives the gradient of the initial state. The states h_t are in ``states``, the first of
+    all in ``first_state``; ``before`` says which of them is h_{t−1}, where that is not t − 1.
     """
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -282,7 +283,9 @@ def _launch(
     sizes = (*strides, length, width, span)
     flags = (back, fixed, pairs, use["steps"], use["width"])
 
-    def start_kernel(h: Tensor | None, final: Tensor | None, ends: Tensor | None, behind: tuple[Tensor | None, ...]) -> None:
+    def start_kernel(
+        h: Tensor | None, final: Tensor | None, ends: Tensor | None, behind: tuple[Tensor | None, ...]
+    ) -> None:
         arguments = (_bits(coefficients), *inputs, _numbers(h), _numbers(final), ends, *behind)
         _triton.launch(_run, grid, _bits(rows), *arguments, *sizes, *flags, num_warps=use["warps"])
 
@@ -318,7 +321,8 @@ def _split(
     use["steps"] = min(use["steps"] // (2 if wide else 1), _triton.power_of_2(length))  # so that registers suffice
     across = _triton.cdiv(width, use["width"])
     # Segments are read twice: two of them would gain nothing.
-    segments = min(use["programs"] // max(1, across * batch), _triton.cdiv(length, use["steps"] if _triton.interpreted else LEAST))
+    least = use["steps"] if _triton.interpreted else LEAST
+    segments = min(use["programs"] // max(1, across * batch), _triton.cdiv(length, least))
     span = _triton.cdiv(length, segments) if segments > 2 else length
     span = max(_triton.cdiv(span, use["steps"]), 1) * use["steps"]
     return use, (across, batch, max(1, _triton.cdiv(length, span))), span

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """The gradient of the selective scan: tile after tile back in time, each from the state that was kept before it."""
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from ... import native
 from ..._shapes import Tensor
 from .. import _triton
 from ._triton_steps import (
-    LN2,
     LOG2E,
     backwards,
     carry_on,
@@ -90,7 +91,9 @@ def _backward(
     R: tl.constexpr,
     L: tl.constexpr,
 ):
-    """With g = grad ∘ SiLU(gate), x = Δ u and z = Δ A, in one segment of ``span`` steps:
+    """Compute the gradients of one segment of ``span`` steps.
+
+    With g = grad ∘ SiLU(gate), x = Δ u and z = Δ A:
 
     λ_t = C_t g_t + e^z_{t+1} λ_{t+1},    ∂B_t = Σ λ_t x_t,    ∂C_t = Σ h_t g_t    (over channels)
     ∂x_t = Σ B_t λ_t,    ∂z_t = λ_t e^z_t h_{t−1},    ∂Δ_t = u_t ∂x_t + Σ A ∂z_t    (over states)
@@ -265,9 +268,7 @@ def selective_scan_backward(
     if segments > 1:
         ends, decays = u.new_empty((2, segments, batch, width, n), dtype=torch.float32)
         nothing = (None,) * 10
-        _triton.launch(
-            _backward, grid, rows[0], *given, *nothing, ends, decays, *sizes, *flags, num_warps=use["warps"]
-        )
+        _triton.launch(_backward, grid, rows[0], *given, *nothing, ends, decays, *sizes, *flags, num_warps=use["warps"])
     outputs = (grad_u, grad_dt, grad_gate, *sums, grad_initial)
     _triton.launch(_backward, grid, rows[0], *given, *outputs, ends, decays, *sizes, *flags, num_warps=use["warps"])
 
@@ -289,8 +290,9 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, int
     while keep * N * use["rows"] * use["lanes"] > HELD * 32 * use["warps"] and use["rows"] * use["lanes"] > 1:
         use["rows" if use["rows"] > 1 else "lanes"] //= 2
     pieces = _triton.cdiv(width, use["rows"] * use["lanes"])
-    # The first pass over segments costs a third of the second: three at least.
-    segments = min(2 * use["programs"] // max(1, batch * pieces), _triton.cdiv(length, 8 if _triton.interpreted else LEAST))
+    # The first pass over segments costs a fifth of the second: three at least.
+    least = keep if _triton.interpreted else LEAST
+    segments = min(2 * use["programs"] // max(1, batch * pieces), _triton.cdiv(length, least))
     span = _triton.cdiv(length, segments) if segments > 2 else length
     span = max(_triton.cdiv(span, keep) * keep, keep)
     return use, (pieces, batch, max(1, _triton.cdiv(length, span))), span

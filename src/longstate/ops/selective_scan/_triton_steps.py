@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """What the forward and the backward kernel of the selective scan share.
 
 A program takes R × L channels of one sequence through time in tiles of steps. A tile has the axes
@@ -12,7 +14,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

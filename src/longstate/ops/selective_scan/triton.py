@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 """The kernels for GPUs, from Δ's softplus to the gate: states stay in registers but for those between tiles of steps,
 which the backward pass starts from."""
 
@@ -83,7 +85,7 @@ def _forward(
     L: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h_t = e^(Δ_t A) ∘ h_{t−1} + B_t Δ_t u_t, y_t = (C_tᵀ h_t + D ∘ u_t) ∘ SiLU(gate_t) in one segment of ``span``
+    """Run h_t = e^(Δ_t A) ∘ h_{t−1} + B_t Δ_t u_t, y_t = (C_tᵀ h_t + D ∘ u_t) ∘ SiLU(gate_t) in one segment of ``span``
     steps. Without y, the segment's end from a zero state and its decay."""
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     channel, known = channels(width, 1, L)
@@ -98,7 +100,8 @@ def _forward(
             h = tl.load(initial + batch * sizes + at, there, 0.0)
         if ends is not None:
             for before in range(segment):
-                h = carry_on(h, ends + batch * sizes, decays + batch * sizes, before, sizes * tl.num_programs(1), at, there)
+                stride = sizes * tl.num_programs(1)
+                h = carry_on(h, ends + batch * sizes, decays + batch * sizes, before, stride, at, there)
     end = tl.minimum(length, (segment + 1) * span)
     for first in tl.range(segment * span, end, STEPS, num_stages=STAGES):
         now = first + row < end
@@ -210,7 +213,7 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, int
     use["steps"] = min(use["steps"], _triton.power_of_2(length), keep or use["steps"])
     programs = max(1, batch * _triton.cdiv(width, use["lanes"]))
     # The first pass over segments computes the exponentials once more: two segments would gain nothing.
-    segments = min(use["programs"] // programs, _triton.cdiv(length, 8 if _triton.interpreted else LEAST))
+    segments = min(use["programs"] // programs, _triton.cdiv(length, use["steps"] if _triton.interpreted else LEAST))
     span = _triton.cdiv(length, segments) if segments > 2 else length
     step = max(keep, use["steps"])
     span = max(_triton.cdiv(span, step) * step, step)
