@@ -90,9 +90,11 @@ def test_memory_layouts_do_not_matter(seed: int) -> None:
 @interpreted
 @pytest.mark.parametrize("n", [1, 70])
 def test_one_state_and_many(n: int) -> None:
-    """Of many, a tile holds fewer steps and channels."""
+    """Of many, a tile holds fewer steps and channels. Where none are left in it, the softplus of nothing is no step."""
+    given = arguments(1, 9, 2, n, "around")
+    del given["elapsed"]
     with kernels.TILES.force(dict(lanes=4, steps=4, programs=1)):
-        check(arguments(1, 9, 2, n), flags("start", 1, 9))
+        check(given, flags("start", 1, 9))
 
 
 @interpreted
@@ -154,7 +156,8 @@ def test_they_compile_for_hopper_without_spilling(batch: int) -> None:
         _, final, kept = kernels.selective_scan(u, u, A, B, B, D, None, u, D, None, start, True, True, 16)
         flags = (True, True, 16)
         kernels.selective_scan_backward(u, final, u, u, A, B, B, D, u, D, None, start, kept, *flags)
-    assert [x.name for x in found] == (["_forward"] + ["_backward"] * 2 if batch == 1 else ["_forward", "_backward"])
+    passes = 2 if batch == 1 else 1  # over the ends of segments first, where one sequence leaves the device empty
+    assert [x.name for x in found] == ["_forward"] * passes + ["_backward"] * passes
     for x in found:
         stack = int(resources(x).split("STACK:")[1].split()[0])
         assert stack <= (64 if x.name == "_backward" else 0), (x.name, stack)

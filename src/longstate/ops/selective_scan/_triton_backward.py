@@ -249,7 +249,7 @@ def selective_scan_backward(
     strides = [size for x in rows for size in x.stride()[:2]]
     grad_u, grad_dt = u.new_empty(u.shape), dt.new_empty(dt.shape)
     grad_gate = None if gate is None else gate.new_empty(gate.shape)
-    grad_initial, parts = new(u, batch, width, n), segments * batch
+    grad_initial, parts = u.new_empty((batch, width, n), dtype=torch.float32), segments * batch
     totals = {
         "A": (A, new(A, parts, width, n)),
         "B": (B, new(B, pieces, batch, length, n)),
