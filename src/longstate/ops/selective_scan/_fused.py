@@ -16,7 +16,7 @@ Implementations = dict[str, Callable[..., Any]]
 
 
 # Steps between the states that the kernels keep for the backward pass.
-KEEP = {"cpu": cpu.TILE, "triton": 8 if _triton.interpreted else 64}
+KEEP = {"cpu": cpu.TILE, "triton": 8 if _triton.interpreted else 16}
 
 
 def refusals(discretization: str, *given: Tensor | None) -> dict[str, str]:
