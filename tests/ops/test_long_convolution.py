@@ -61,7 +61,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside inputs and outputs, transforms and spectra of a block of channels at twice the length."""
     u, kernel = torch.randn(2, 4096, 16), torch.randn(16, 4096)
     padded, grad = torch.nn.functional.pad(u, (0, 0, 4095, 0)), torch.randn(2, 4096, 16)
-    for blocks, forward, backward in ((1, 10, 14), (8, 5, 8)):  # inputs are among them where they are cut
+    for blocks, forward, backward in ((1, 10, 14), (8, 5, 10)):  # inputs are among them where they are cut
         monkeypatch.setattr(chunked, "AT_ONCE", 2 * 8192 * 16 // blocks)
         with Watch() as watch:
             chunked.long(padded, kernel, None)
