@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -23,24 +22,13 @@ def checks_shapes(config: pytest.Config) -> bool:
     return config.option.markexpr.strip() not in APART
 
 
-def numbers_of_triton() -> None:
-    """Let Triton's interpreter take its scalars, arrays of one number, for bounds of loops: NumPy 2.4 does not."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Wrap the package before anything imports it, and share the cores among the workers."""
     torch.set_num_threads(1)
     if config.option.markexpr.strip() == "interpreted":
-        numbers_of_triton()
+        import interpreter
+
+        interpreter.mend()
     if checks_shapes(config):
         from jaxtyping import install_import_hook
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from interpreter import as_on_gpus
 from longstate import ops
 from longstate.ops import _triton
 from ops.test_against_reference import flags, largest_error, run
@@ -20,12 +18,6 @@ from poison import poisoned_memory
 pytestmark = pytest.mark.interpreted
 if not _triton.interpreted:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def rounding() -> Iterator[None]:
-    with as_on_gpus():
-        yield
 
 
 # No step, one step, fewer than the window, several programs along steps and channels, steps that fill them.

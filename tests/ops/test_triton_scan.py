@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from interpreted_scans import mended
 from longstate import ops
 from longstate.ops import _triton
 from longstate.ops.scan import triton as kernels
@@ -27,8 +26,8 @@ def interpreted(test: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
-    with mended(), poisoned_memory():
+def poison() -> Iterator[None]:
+    with poisoned_memory():
         yield
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from interpreted_scans import mended
 from longstate import ops
 from longstate.ops import _triton
 from longstate.ops.selective_scan import _fused, _triton_backward
@@ -29,8 +28,8 @@ def interpreted(test: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
-    with mended(), poisoned_memory():
+def poison() -> Iterator[None]:
+    with poisoned_memory():
         yield
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import mpmath
 import pytest
 import torch
 
-from interpreter import as_on_gpus
 from longstate import ops
 from longstate.ops import _triton
 from ops.test_against_reference import largest_error
@@ -19,12 +17,6 @@ from poison import poisoned_memory
 pytestmark = pytest.mark.interpreted
 if not _triton.interpreted:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def quietly() -> Iterator[None]:
-    with as_on_gpus():
-        yield
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])

@@ -38,8 +38,8 @@ def workloads(device: torch.device, small: bool = False) -> Iterator[tuple[str, 
     def wide(*shape: int) -> Tensor:
         return randn(*shape, dtype=torch.float32)
 
-    shapes = [(1, 19), (2, 1)] if small else [(8, 2048), (1, 32768), (64, 1)]
-    d, n, h, k, p = (8, 4, 2, 16, 16) if small else (1536, 16, 24, 128, 64)
+    shapes = [(1, 37), (2, 1)] if small else [(8, 2048), (1, 32768), (64, 1)]
+    d, n, h, k, p = (8, 4, 1, 8, 8) if small else (1536, 16, 24, 128, 64)
     for b, t in shapes:
         at = f"{b} × {t}"
         u, dt, gate = (randn(b, t, d) for _ in range(3))
@@ -57,12 +57,14 @@ def workloads(device: torch.device, small: bool = False) -> Iterator[tuple[str, 
         yield from _both(f"convolution.short {at}", short, given, t)
         yield from _both(f"rms_norm {at}", ops.rms_norm, dict(x=u, weight=randn(d), gate=gate), t)
         for kind, shape in {"step": (b, t, h), "channel": (b, t, h, k)}.items():
-            decay = -torch.rand(shape, device=device) / 8
-            q, key, v = (normalize(randn(b, t, h, x), dim=-1) for x in (k, k, p))
-            given = dict(q=q, k=key, v=v, log_decay=decay, initial=wide(b, h, k, p))
-            yield from _both(f"linear_attention {kind} {at}", ops.linear_attention, given, t)
-            given |= dict(beta=torch.rand(b, t, h, device=device))
-            yield from _both(f"delta_rule {kind} {at}", ops.delta_rule, given, t)
+            for dtype in (torch.bfloat16, torch.float32):
+                decay = -torch.rand(shape, device=device) / 8
+                q, key, v = (normalize(randn(b, t, h, x, dtype=dtype), dim=-1) for x in (k, k, p))
+                given = dict(q=q, k=key, v=v, log_decay=decay, initial=wide(b, h, k, p))
+                name = f"{kind} {at}" if dtype == torch.bfloat16 else f"{kind} {at} float32"
+                yield from _both(f"linear_attention {name}", ops.linear_attention, given, t)
+                given = given | dict(beta=torch.rand(b, t, h, device=device))
+                yield from _both(f"delta_rule {name}", ops.delta_rule, given, t)
     z = torch.complex(-torch.rand(d, n, device=device), torch.randn(d, n, device=device)).to(torch.complex128)
     powers = partial(ops.vandermonde, length=16 if small else 4096)
     yield from _both("vandermonde", powers, dict(weights=z.to(torch.complex64), log_base=z), 2)

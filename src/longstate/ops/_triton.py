@@ -130,9 +130,10 @@ def in_place() -> Iterator[None]:
         _in_place = before
 
 
-def final_state(initial: Tensor | None, shape: Sequence[int], like: Tensor, steps: int) -> Tensor:
-    """Return memory for a final state in float32: that of the initial one for a single step ``in_place``."""
-    if _in_place and steps == 1 and initial is not None:
+def final_state(initial: Tensor | None, shape: Sequence[int], like: Tensor, single: bool) -> Tensor:
+    """Return memory for a final state in float32: that of the initial one for a ``single`` step ``in_place``, whose
+    kernel must read all that a program writes before it writes."""
+    if _in_place and single and initial is not None and initial.dtype == torch.float32 and initial.is_contiguous():
         return initial
     return like.new_empty(shape, dtype=torch.float32)
 

@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202, RUF005
 """The kernels of the short convolution, forwards and backwards.
 
 A program goes through some steps of some channels of a sequence. The last k − 1 inputs, and backwards in what is left

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """Kernels for each chunk of each head by itself: before the walk from chunk to chunk, and outputs after it."""
 
 from __future__ import annotations

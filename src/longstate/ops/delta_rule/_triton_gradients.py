@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """Kernels of the backward pass for each chunk by itself, when the states before it and their gradients are known.
 
 With R the gradient of the state after the chunk, X that of what it writes and Z = Tᵀ X,

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """What the kernels of the delta rule share: tiles of memory, decays of a chunk, products of steps, inverses.
 
 Running sums of log decays are taken to base 2. Between two steps the exponent is never positive. Where each key channel

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """Kernels that go from chunk to chunk with a state, or its gradient, or take one step: a program for some columns."""
 
 from __future__ import annotations

@@ -98,8 +98,10 @@ def delta_rule(
     """
     x = _Chunks(q, k, v, log_decay, beta, start)
     initial = None if initial is None else initial.to(torch.float32).contiguous()
-    y, final = torch.empty_like(v, memory_format=torch.contiguous_format), x.state()
-    if x.length == 1 and not keep:
+    single = x.length == 1 and not keep
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = _triton.final_state(initial, (x.batch, x.heads, x.K, x.P), v, single)
+    if single:
         x.step(initial, y, final)
         return y, final, final.new_empty(0)
     kept = final.new_empty(_triton.cdiv(x.length, keep) + 1, *final.shape) if keep else None

@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of what differs where each key channel has a decay of its own: scores, and gradients of q, k and decays.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels of the gradients where all key channels of a head decay alike.
 

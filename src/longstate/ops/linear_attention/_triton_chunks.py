@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """What kernels over chunks share: decays between the steps of a chunk, and tiles of its arguments.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202, D417
 # mypy: disable-error-code="no-untyped-def"
 """The kernels that carry a state through time: over chunks, between segments, and one step."""
 

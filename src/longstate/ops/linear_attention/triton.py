@@ -40,11 +40,13 @@ def linear_attention(
     if erases:
         from ..delta_rule import triton as delta
 
+        assert dt is not None  # β
         return delta.delta_rule(q, k, v, log_decay, initial, dt, start, keep)
     given = _Given(q, k, v, log_decay, dt, D, start)
     initial = native.side_by_side(initial)
-    y, final = v.new_empty(v.shape), v.new_empty(given.state, dtype=torch.float32)
-    if given.length == 1 and not keep:
+    single = given.length == 1 and not keep
+    y, final = v.new_empty(v.shape), _triton.final_state(initial, given.state, v, single)
+    if single:
         given.step(initial, y, final)
         return y, final, final.new_empty(0)
     kept = final.new_empty((cdiv(given.length, keep) + 1, *given.state)) if keep else None
@@ -71,6 +73,7 @@ def linear_attention_backward(
     if erases:
         from ..delta_rule import triton as delta
 
+        assert dt is not None  # β
         return delta.delta_rule_backward(grad, grad_final, q, k, v, log_decay, dt, start, kept, keep)
     given, grad = _Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
     chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)

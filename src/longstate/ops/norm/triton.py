@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """The norm on GPUs, with its weight and gate: each row is read once each way.
 
 Backwards, a program goes through many rows and adds up the gradient of the weight as it does; statistics are computed

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """The kernels for GPUs, forwards and backwards in time: what is read is read once, or twice where few channels leave
 the device empty unless time is cut into segments.
 

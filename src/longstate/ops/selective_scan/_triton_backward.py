@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """The gradient of the selective scan: tile after tile back in time, each from the state that was kept before it."""
 
 from __future__ import annotations

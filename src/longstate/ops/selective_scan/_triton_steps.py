@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """What the forward and the backward kernel of the selective scan share.
 
 A program takes R × L channels of one sequence through time in tiles of steps. A tile has the axes

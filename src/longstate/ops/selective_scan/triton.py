@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """The kernels for GPUs, from Δ's softplus to the gate: states stay in registers but for those between tiles of steps,
 which the backward pass starts from."""
 
@@ -172,7 +171,7 @@ def selective_scan(
     (batch, length, width), n = u.shape, A.shape[1]
     state = (batch, width, n)
     y = u.new_empty(u.shape)
-    final = u.new_empty(state, dtype=torch.float32)
+    final = _triton.final_state(initial, state, u, length == 1 and not keep)
     kept = u.new_empty((_triton.cdiv(length, keep) + 1, *state) if keep else 0, dtype=torch.float32)
     if length > 16:  # their rows are read by each program: the conversion is better done once
         B, C = B.float(), C.float()

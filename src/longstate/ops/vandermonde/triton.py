@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN202
 """Vandermonde products and their gradients on GPUs: products of small matrices, in double precision throughout.
 
 Powers factor: with l = (i₀ + i) c + j, e^{lz} = e^{i₀cz} e^{icz} e^{jz}. A program makes the last two, tables of some
