@@ -91,12 +91,6 @@ def test_forced_choices(tiles: _triton.Tiles) -> None:
         assert tiles(x, t=1024, d=64) == before
 
 
-def test_choices(tiles: _triton.Tiles) -> None:
-    found = list(tiles.choices())
-    assert len(found) == 6 and found[0] == dict(TIME=16, num_warps=2) and found[-1] == dict(TIME=32, num_warps=8)
-    assert _triton.Tiles.known["of a test"] is tiles
-
-
 def test_the_table_that_is_there() -> None:
     """Every row is of a kernel's own names, and has sizes to be near to."""
     for kernels in _triton.table().values():
