@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longstate import native, ops
+from longstate.ops.linear_attention import cpu
 from ops.test_against_reference import flags, run
 
 if native.kernels is None:
@@ -146,7 +147,7 @@ def test_the_kernel_is_one_node(kind: str) -> None:
     start = torch.rand(2, 5) < 0.3
     ordered = [given.get(name) for name in ("q", "k", "v", "log_decay", "initial", "beta")]
     torch.library.opcheck(
-        torch.ops.longstate.written_linear_attention.default, (*ordered, None, start, True, True, "cpu")
+        torch.ops.longstate.written_linear_attention.default, (*ordered, None, start, True, cpu.TILE, "cpu")
     )
 
     def function(**tensors: Any) -> Any:

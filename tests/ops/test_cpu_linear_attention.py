@@ -219,7 +219,7 @@ def test_the_kernel_is_one_node(kind: str) -> None:
     given = {name: None if x is None else x.requires_grad_() for name, x in given.items()}
     start = torch.rand(2, 5) < 0.3
     torch.library.opcheck(
-        torch.ops.longstate.written_linear_attention.default, (*given.values(), start, False, True, "cpu")
+        torch.ops.longstate.written_linear_attention.default, (*given.values(), start, False, cpu.TILE, "cpu")
     )
 
     def function(**tensors: Any) -> Any:

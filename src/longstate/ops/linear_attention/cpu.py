@@ -32,7 +32,7 @@ def linear_attention(
     If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
     states around tiles are for the backward pass, one every ``keep`` steps (``TILE`` here); none where it is 0.
     """
-    assert native.kernels is not None
+    assert native.kernels is not None and keep in (0, TILE)
     given = _Given(q, k, v, log_decay, initial, dt, D, start, erases)
     y, final = native.empty(v.shape, v.dtype), torch.empty(given.state)
     kept = native.empty((-(-v.shape[1] // TILE) + 1, *given.state)) if keep else torch.empty(0)
@@ -55,7 +55,7 @@ def linear_attention_backward(
     keep: int,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, log_decay, the initial state, dt and D; empty ones where there is none."""
-    assert native.kernels is not None
+    assert native.kernels is not None and keep in (0, TILE)
     batch, length, heads, values = v.shape
     given = _Given(q, k, v, log_decay, None, dt, D, start, erases)
     grad, grad_final, kept = _in_heads(grad), native.side_by_side(grad_final), kept.contiguous()

@@ -36,7 +36,7 @@ def selective_scan(
 
     The last are for the backward pass, one every ``keep`` steps (``TILE`` here); none where it is 0.
     """
-    assert native.kernels is not None
+    assert native.kernels is not None and keep in (0, TILE)
     batch, length, width = u.shape
     state = (batch, width, A.shape[1])
     if initial is None:
@@ -70,7 +70,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, dt, A, B, C, D, the initial state, gate, dt_bias and elapsed; empty ones where there
     is none."""
-    assert native.kernels is not None
+    assert native.kernels is not None and keep in (0, TILE)
     batch, length, width = u.shape
     n = A.shape[1]
     pieces = -(-width // native.kernels.PIECE)
