@@ -19,6 +19,7 @@ _TYPES = {
     torch.float64: "fp64",
     torch.bool: "i1",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }

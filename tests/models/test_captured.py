@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,15 +10,16 @@ import torch
 
 from longstate import LanguageModel, ops
 from longstate import state as states
+from longstate.compression import quantize
 from longstate.models.captured import CapturedStep
-from longstate.ops import _program, _register, _triton
+from longstate.ops import _program_cpu, _register, _triton
 
 LAYERS = ["mamba2", "mamba", "rglru", {"mixer": "s5", "d_state": 8}, {"mixer": "attention", "n_heads": 2, "window": 3}]
 
 
-def model(layers: list[Any]) -> LanguageModel:
+def model(layers: list[Any], d_model: int = 64) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(vocab_size=16, d_model=64, layers=layers).eval()
+    return LanguageModel(vocab_size=16, d_model=d_model, layers=layers).eval()
 
 
 def differ(a: Any, b: Any) -> float:
@@ -66,15 +68,74 @@ def test_what_cannot_be_captured() -> None:
         step.load(step.model.initial_state(3))
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for GPUs alone, in their interpreter."""
+    for op, names in _register._BACKENDS.items():
+        if "triton" in names:
+            monkeypatch.setitem(_register._BACKENDS, op, ("triton", *names))
+    monkeypatch.setattr(_program_cpu, "there", lambda: False)
+
+
+SMALL = {"mixer": "mamba2", "head_dim": 8, "d_state": 16}
+TWO_GROUPS = SMALL | {"n_groups": 2, "d_conv": 3, "dt_limit": [0.01, 0.1]}
+MAMBA = {"mixer": "mamba", "d_state": 8}
+FALCON = MAMBA | {"inner_norm": "weighted"}
+
+
 @pytest.mark.interpreted
-def test_kernels_write_new_states_where_old_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layers", "kind"),
+    [
+        *(([SMALL, MAMBA], kind) for kind in ("float32", "bfloat16", "int8")),
+        ([TWO_GROUPS, "rglru", SMALL], "float32"),
+        ([FALCON], "bfloat16"),
+    ],
+)
+def test_programs_are_the_layers(layers: list[Any], kind: str, kernels: None) -> None:
+    """A captured step runs few kernels, and gives what the model gives: in bfloat16 within what rounding once more or
+    less changes, by comparison with the same in float64."""
+    torch.manual_seed(0)
+    one = LanguageModel(vocab_size=16, d_model=16, layers=layers, residual_multiplier=0.5).eval()
+    for p in one.parameters():
+        p.data += torch.randn_like(p) / 16
+    tokens = torch.randint(16, (2, 2))
+    wanted, after = run(copy.deepcopy(one).double(), tokens)
+    if kind == "int8":
+        quantize(one, group=None)
+        wanted, after = run(copy.deepcopy(one).double(), tokens)
+    one = one.bfloat16() if kind == "bfloat16" else one
+    step = CapturedStep(one, 2)
+    with _triton.asked() as asked:
+        got = torch.stack([step(token).clone() for token in tokens])
+    names = [x.kernel for x, _ in asked]
+    products = sum(PRODUCTS.get(layer if isinstance(layer, str) else layer["mixer"], 0) for layer in layers)
+    assert names.count("token_product") == products * len(tokens)
+    assert names.count("short_convolution") == layers.count("rglru") * len(tokens)  # the others are in products
+    plain, _ = run(one, tokens)
+    error, usual = ((x.double() - wanted).abs().max().item() for x in (got, plain))
+    assert error <= 1.5 * usual + 1e-6
+    assert differ(step.state, after) <= (0.05 if kind == "bfloat16" else 1e-5)
+
+
+PRODUCTS = {"mamba2": 2, "mamba": 4}
+
+
+def run(one: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the logits of each step, and the last state."""
+    state, logits = one.initial_state(tokens.shape[1]), []
+    with torch.no_grad():
+        for token in tokens:
+            y, state = one(token[:, None], state)
+            logits.append(y[:, 0])
+    return torch.stack(logits), state
+
+
+@pytest.mark.interpreted
+def test_kernels_write_new_states_where_old_ones_are(kernels: None) -> None:
     """Those of the recurrences; and only inside of a step."""
-    preferred = {op: ("triton", *names) for op, names in _register._BACKENDS.items() if "triton" in names}
-    for op, names in preferred.items():
-        monkeypatch.setitem(_register._BACKENDS, op, names)
-    monkeypatch.setattr(_program, "there", lambda: False)  # nor does the CPU's program of a token run
     assert ops.backends()["linear_attention"]["triton"] == "in use on GPUs"
-    one = model(LAYERS[:2])
+    one = model([SMALL, MAMBA], 16)
     with torch.no_grad(), _triton.asked() as asked:
         token = torch.tensor([[3], [5]])
         state = one.initial_state(2)
@@ -83,9 +144,13 @@ def test_kernels_write_new_states_where_old_ones_are(monkeypatch: pytest.MonkeyP
             assert old.ssm.data_ptr() != new.ssm.data_ptr()
         kept = states.copy(state)
         assert differ(state, kept) == 0
-        with _triton.in_place():
-            _, same = one(token, state)
-    assert {x.kernel for x, _ in asked} >= {"selective_scan", "linear_attention.step"}
-    for old, new in zip(same, state, strict=True):
-        assert old.ssm.data_ptr() == new.ssm.data_ptr()
-    assert differ(same, after) == 0
+        for programs in (False, True):
+            state = states.copy(kept)
+            with _triton.in_place(), pytest.MonkeyPatch.context() as patch:
+                if not programs:
+                    patch.setattr(_triton, "captured", lambda x: False)
+                _, same = one(token, state)
+            for old, new in zip(same, state, strict=True):
+                assert old.ssm.data_ptr() == new.ssm.data_ptr()
+            assert differ(same, after) < 1e-6
+    assert {x.kernel for x, _ in asked} >= {"selective_scan", "linear_attention.step", "token_product"}

@@ -29,7 +29,7 @@ def programs_run(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> Iterator[
 
     def counted(*given: Any) -> Any:
         found = before(*given) if run else None
-        programs = _one_token._KEPT.get(given[0], {}).get(len(given[1]))
+        programs = _one_token._KEPT.get(given[0], {}).get((len(given[1]), False))
         taken.extend([1] * sum(layer is not None for layer in programs.layers) if found else [])
         return found
 

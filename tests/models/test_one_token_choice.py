@@ -163,7 +163,9 @@ def test_programs_are_kept_for_each_number_of_sequences() -> None:
         model(x, state), model(x[:1], one)
         kept = dict(_one_token._KEPT[model])
         model(x, state), model(x[:1], one)
-    assert set(kept) == {1, 2} and all(_one_token._KEPT[model][n] is programs for n, programs in kept.items())
+    assert set(kept) == {(1, False), (2, False)} and all(
+        _one_token._KEPT[model][n] is programs for n, programs in kept.items()
+    )
 
 
 def test_hooks_elsewhere_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +193,7 @@ def test_threads_of_a_small_model_and_of_a_large_one(width: int, team: int) -> N
             model(x, state)
     finally:
         torch.set_num_threads(before)
-    programs = _one_token._KEPT[model][1]
+    programs = _one_token._KEPT[model][1, False]
     assert (programs.threads, programs.team, programs.normed) == (2, team, torch.float32)
 
 
@@ -280,7 +282,7 @@ def test_nothing_to_run_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, state = case(2)
     with torch.no_grad():
         assert _one_token.one_token(model, x, state, None) is not None
-        monkeypatch.setattr(_one_token._program, "there", lambda: False)
+        monkeypatch.setattr(_one_token._program_cpu, "there", lambda: False)
         assert _one_token.one_token(model, x, state, None) is None
         monkeypatch.undo()
         other = Stack(24, [{"mixer": "attention", "n_heads": 2}]).eval()

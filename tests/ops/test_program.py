@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from longstate import native
 from longstate.ops._program import Place, Product, Program, Unfit
+from longstate.ops._program_cpu import compiled
 
 if native.kernels is None:
     pytest.skip(native.reason, allow_module_level=True)
@@ -88,7 +91,6 @@ UNFIT: list[Callable[[Program, Place], Any]] = [
     lambda p, x: short(p, x, bias=t(8, dtype=NARROW)),
     lambda p, x: short(p, x, weight=strided(8, 4)),
     lambda p, x: short(p, x, bias=strided(8)),
-    lambda p, x: short(p, x, weight=t(8, native.kernels.MOST_TAPS + 1)),
     lambda p, x: scan(p, x, A_log=t(8, 5, dtype=DOUBLE)),
     lambda p, x: scan(p, x, D=t(8, dtype=DOUBLE)),
     lambda p, x: scan(p, x, A_log=strided(8, 5)),
@@ -115,7 +117,7 @@ UNFIT: list[Callable[[Program, Place], Any]] = [
 def test_what_kernels_compute_is_added(add: Callable[[Program, Place], Any]) -> None:
     program = Program(1)
     add(program, program.given(8, FLOAT))
-    assert len(program._calls) == 1 and program.finish() is not None
+    assert len(program.calls) == 1 and compiled(program) is not None
 
 
 @pytest.mark.parametrize("add", UNFIT, ids=range(len(UNFIT)))
@@ -123,14 +125,30 @@ def test_what_they_do_not_compute_is_refused(add: Callable[[Program, Place], Any
     program = Program(1)
     with pytest.raises(Unfit):
         add(program, program.given(8, FLOAT))
-    assert not program._calls
+    assert not program.calls
 
 
-def test_a_program_has_the_threads_of_torch() -> None:
+def test_a_kernel_of_fewer_taps_is_refused() -> None:
+    assert native.kernels is not None
+    for taps, fits in ((native.kernels.MOST_TAPS, True), (native.kernels.MOST_TAPS + 1, False)):
+        program = Program(1)
+        short(program, program.given(8, FLOAT), weight=t(8, taps))
+        with nullcontext() if fits else pytest.raises(Unfit):
+            compiled(program)
+
+
+def test_a_program_has_the_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.kernels is not None
+    found: list[int] = []
+    record = SimpleNamespace(add=lambda name, *numbers: found.append(numbers[4]))
+    monkeypatch.setattr(native, "kernels", SimpleNamespace(Program=lambda room: record))
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            assert Program(1).threads == threads
+            program = Program(1)
+            linear(program, program.given(8, FLOAT))
+            compiled(program)
     finally:
         torch.set_num_threads(before)
+    assert found == [1, 3]

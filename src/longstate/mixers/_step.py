@@ -1,4 +1,4 @@
-"""One token of each of a few sequences through modules, as a program of compiled kernels.
+"""One token of each of a few sequences through modules, as a program of ops.
 
 A mixer that can be run so writes the lines of its ``forward`` down once more in ``_step``, which adds them to a
 program.
@@ -11,6 +11,7 @@ from itertools import repeat
 from operator import contains, eq, is_
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as _global_hooks
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +24,8 @@ from ..ops._register import unobserved
 from ._parts import RMSNorm, looked_at, product_of, taps_of
 
 Value = TypeVar("Value")
+
+_CPU = torch.device("cpu")
 
 # What tells a tensor's memory from another's, and from other views of the same.
 _MEMORY: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
@@ -46,9 +49,13 @@ class Watch:
     It is asked for every token and all layers, when the weights have just passed through the caches: so these are
     lists beside each other, over which nothing but C loops. A tensor is the same if it is the same object at the same
     address, as large, and contiguous if it was.
+
+    Args:
+        device: Where all tensors are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
@@ -77,7 +84,7 @@ class Watch:
                 if self.see(kept, leaf) is not None:
                     self._tensors.append(kept[leaf])
         tensors = (*module._parameters.values(), *module._buffers.values())
-        if looked_at(module) or not all(x is None or (x.is_cpu and unobserved(x)) for x in tensors):
+        if looked_at(module) or not all(x is None or (x.device == self._device and unobserved(x)) for x in tensors):
             raise _program.Unfit
         if any(isinstance(x, Tensor) for x in vars(module).values()):  # in the place of a parameter, but not watched
             raise _program.Unfit

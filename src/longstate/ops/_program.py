@@ -1,7 +1,7 @@
-"""One token of each of a few sequences through several kernels, in one call.
+"""One token of each of a few sequences through several ops, written down to be run in one call.
 
-What a program computes is what the ops compute: the same kernels run in the same order. Only the time between them is
-saved, which is longer than they take themselves where weights are few or narrow.
+What a program computes is what the ops compute. Who runs it sees all of it at once: on the CPU (``_program_cpu``) the
+time between kernels is saved, on GPUs (``_program_triton``) several ops become one kernel.
 """
 
 from __future__ import annotations
@@ -12,16 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import native
 from .._shapes import Float, Tensor
-from .linear.cpu import KINDS
 from .linear.cpu import ROWS as ROWS
-from .linear_attention.cpu import TILE as STEPS
-from .norm.cpu import rounds
-from .selective_scan.cpu import TILE
 
 TYPES = (torch.float32, torch.bfloat16)
-_NONE = (0, 0, 0, False)
 _LINE = 64  # bytes of a line of the cache
 
 
@@ -46,11 +40,6 @@ class Place(NamedTuple):
             for end, width in zip(ends, widths, strict=True)
         ]
 
-    @property
-    def rows(self) -> tuple[Any, ...]:
-        """Return how a kernel finds them."""
-        return (self.address, self.offset), self.apart, self.apart, self.dtype is torch.bfloat16
-
 
 class Carried(NamedTuple):
     """A state: which addresses it comes from and goes to, and its type."""
@@ -68,28 +57,29 @@ class Product(NamedTuple):
     scale: Tensor | None
 
 
-def there() -> bool:
-    """Return whether there are kernels."""
-    return native.kernels is not None
+class Call(NamedTuple):
+    """An op of a program: its name, what it is given, and where its results go."""
 
-
-def run(threads: int, *arguments: Any) -> None:
-    """Run compiled programs one after the other, each followed by the addresses that it asks for."""
-    assert native.kernels is not None
-    native.kernels.run(threads, *arguments)
+    name: str
+    given: dict[str, Any]
+    results: tuple[Place, ...]
 
 
 class Program:
-    """Kernels to run one after the other, from the places that those before them wrote to.
+    """Ops to run one after the other, from the places that those before them wrote to.
 
     Args:
         batch: Sequences.
+
+    Attributes:
+        calls: The ops.
+        room: Bytes for the rows between them.
     """
 
     def __init__(self, batch: int) -> None:
-        self.batch, self.threads = batch, native.threads()
-        self._addresses, self._room = 1, 0
-        self._calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.batch, self.room = batch, 0
+        self.calls: list[Call] = []
+        self._addresses = 1
 
     def given(self, width: int, dtype: torch.dtype) -> Place:
         """Return the place of rows whose address a run is given, next after those asked for before."""
@@ -100,14 +90,6 @@ class Program:
         """Return the places of a state before and after, whose two addresses a run is given next."""
         self._addresses += 2
         return Carried(self._addresses - 2, self._addresses - 1, dtype)
-
-    def finish(self) -> Any:
-        """Return the compiled program: its ``run`` takes addresses."""
-        assert native.kernels is not None
-        program = native.kernels.Program(self._room)
-        for name, numbers in self._calls:
-            program.add(name, *numbers)
-        return program
 
     def linear(self, x: Place, product: Product, dtype: torch.dtype | None = None) -> Place:
         """Add ``ops.linear``."""
@@ -123,11 +105,7 @@ class Program:
             *(y.dtype in TYPES for y in floats),
         )
         y = self._place(outputs, dtype or x.dtype)
-        groups = 1 if scale is None else scale.shape[1]
-        scales = _NONE if scale is None else (scale.data_ptr(), 0, groups, scale.dtype is torch.bfloat16)
-        sizes = (self.batch, 1, inputs, outputs, self.threads, KINDS[weight.dtype], inputs // groups)
-        self._add("linear", *sizes, *x.rows, weight.data_ptr(), inputs, *scales, *native.vector(bias), *y.rows)
-        return y
+        return self._add("linear", y, x=x, weight=weight, bias=bias, scale=scale)
 
     def rms_norm(
         self,
@@ -145,13 +123,8 @@ class Program:
         fits = weight is None or (weight.dtype in TYPES and weight.is_contiguous() and weight.shape == (x.width,))
         self._expect(fits)
         y = (self.given if last else self._place)(x.width, x.dtype if weight is None else weight.dtype)
-        rounded = rounds(weight, gate is not None and norm_before_gate, offset)
-        self._add(
-            "rms_norm",
-            *(self.batch, 1, x.width, groups, not norm_before_gate, rounded, self.threads, float(eps), float(offset)),
-            *(*x.rows, *native.vector(weight), *(_NONE if gate is None else gate.rows), *y.rows),
-        )
-        return y
+        options = dict(eps=float(eps), groups=groups, offset=float(offset), norm_before_gate=norm_before_gate)
+        return self._add("rms_norm", y, x=x, weight=weight, gate=gate, **options)
 
     def short_convolution(
         self,
@@ -161,20 +134,12 @@ class Program:
         window: Carried,
     ) -> Place:
         """Add ``ops.convolution.short`` with SiLU; its window is ``[b k−1 d]``."""
-        assert native.kernels is not None
-        width, taps = weight.shape
+        width = len(weight)
         kinds = {u.dtype, window.dtype, weight.dtype, u.dtype if bias is None else bias.dtype}
         contiguous = weight.is_contiguous() and (bias is None or bias.is_contiguous())
-        self._expect(width == u.width, bias is None or bias.shape == (width,))
-        self._expect(kinds == {u.dtype}, contiguous, taps <= native.kernels.MOST_TAPS)
+        self._expect(width == u.width, bias is None or bias.shape == (width,), kinds == {u.dtype}, contiguous)
         y = self._place(width, u.dtype)
-        rows = ((taps - 1) * width, width, u.dtype is torch.bfloat16)
-        self._add(
-            "short_convolution",
-            *(self.batch, 1, width, taps, True, self.threads, *u.rows, *native.matrix(weight), *native.vector(bias)),
-            *((window.before, 0), *rows, 0, 0, *y.rows, (window.after, 0), *rows),
-        )
-        return y
+        return self._add("short_convolution", y, u=u, weight=weight, bias=bias, window=window)
 
     def selective_scan(
         self,
@@ -195,22 +160,8 @@ class Program:
         self._expect(*(x.width == width for x in (u, dt, gate)), *(x.shape == (width,) for x in kept if x is not A_log))
         self._expect(B.width == C.width == states)
         y = self._place(width, u.dtype)
-        self._add(
-            "selective_scan",
-            *(self.batch, 1, width, states, TILE, True, True, self.threads),
-            *(
-                *u.rows,
-                *dt.rows,
-                *gate.rows,
-                *B.rows,
-                *C.rows,
-                *native.matrix(A_log),
-                *native.vector(D),
-                *native.vector(dt_bias),
-            ),
-            *((state.before, 0), 0, 0, *y.rows, (state.after, 0), 0),
-        )
-        return y
+        given = dict(u=u, dt=dt, dt_bias=dt_bias, A_log=A_log, B=B, C=C, D=D, gate=gate, state=state)
+        return self._add("selective_scan", y, **given)
 
     def head_steps(
         self,
@@ -222,8 +173,7 @@ class Program:
         """Add Δ = clamp(softplus(x + bias)) and the log decay −Δ e^{A_log} of each head."""
         self._expect(*(y.dtype in TYPES and y.is_contiguous() and y.shape == (x.width,) for y in (bias, A_log)))
         step, decay = (self._place(x.width, torch.float32) for _ in range(2))
-        given = (*x.rows, *native.vector(bias), *native.vector(A_log), *step.rows, *decay.rows)
-        self._add("head_steps", self.batch, x.width, *map(float, limit), *given)
+        self._add("head_steps", step, decay, x=x, bias=bias, A_log=A_log, limit=limit)
         return step, decay
 
     def linear_attention(
@@ -241,18 +191,17 @@ class Program:
         self._expect(
             D.dtype in TYPES and D.is_contiguous(), len(D) in (dt.width, v.width), state.dtype is torch.float32
         )
-        heads, y = dt.width, self._place(v.width, v.dtype)
-        sizes = (self.batch, 1, groups, heads, q.width // groups, v.width // heads, 1, len(D) // heads, False, STEPS)
-        rows = (*q.rows, *k.rows, *v.rows, *log_decay.rows, *dt.rows, *native.vector(D))
-        self._add("linear_attention", *sizes, self.threads, *rows, (state.before, 0), 0, *y.rows, (state.after, 0), 0)
-        return y
+        y = self._place(v.width, v.dtype)
+        given = dict(q=q, k=k, v=v, log_decay=log_decay, dt=dt, D=D, groups=groups, state=state)
+        return self._add("linear_attention", y, **given)
 
     def add(self, x: Place, z: Place, factor: float, y: Place) -> None:
         """Add y = x + factor z."""
-        self._add("add", self.batch, x.width, float(factor), *x.rows, *z.rows, *y.rows)
+        self._add("add", y, x=x, z=z, factor=float(factor))
 
-    def _add(self, name: str, *numbers: Any) -> None:
-        self._calls.append((name, numbers))
+    def _add(self, name: str, *results: Place, **given: Any) -> Place:
+        self.calls.append(Call(name, given, results))
+        return results[0]
 
     def _expect(self, *fits: bool) -> None:
         if not all(fits):
@@ -260,6 +209,6 @@ class Program:
 
     def _place(self, width: int, dtype: torch.dtype) -> Place:
         """Return room for rows between kernels."""
-        place = Place(0, self._room, width, width, dtype)
-        self._room += -(-self.batch * width * dtype.itemsize // _LINE) * _LINE
+        place = Place(0, self.room, width, width, dtype)
+        self.room += -(-self.batch * width * dtype.itemsize // _LINE) * _LINE
         return place

@@ -130,6 +130,11 @@ def in_place() -> Iterator[None]:
         _in_place = before
 
 
+def captured(x: Tensor) -> bool:
+    """Return whether a step is being taken ``in_place`` where kernels run."""
+    return _in_place and not reason and (x.is_cuda or interpreted)
+
+
 def final_state(initial: Tensor | None, shape: Sequence[int], like: Tensor, single: bool) -> Tensor:
     """Return memory for a final state in float32: that of the initial one for a ``single`` step ``in_place``, whose
     kernel must read all that a program writes before it writes."""

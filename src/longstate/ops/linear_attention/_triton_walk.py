@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..selective_scan._triton_steps import softplus
 from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, product, steps_of, store_tile, tile
 
 
@@ -137,11 +138,15 @@ def combine(states, left, initial, MANY, K, P, REVERSE: tl.constexpr, BLOCK: tl.
 @triton.jit
 def step(
     v, q, k, g, dt, D, document, initial, y, final, v_batch, v_head, q_batch, q_group, k_batch, k_group,
-    g_batch, g_head, dt_batch, dt_head, D_head, D_value: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
-    K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    g_batch, g_head, dt_batch, dt_head, D_head, bias, A_log, least, most, D_value: tl.constexpr, H: tl.constexpr,
+    SHARED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     """Take one step: S ← e^g S + k (Δ v)ᵀ, y = Sᵀ q + D v. A program reads its part of the state before it writes
-    it."""
+    it.
+
+    With A_log, Δ is the softplus of what comes and of a bias, between ``least`` and ``most``, and g = −Δ e^{A_log}.
+    """
     blocks = tl.cdiv(P, VALUES)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // H, pair % H
@@ -158,6 +163,13 @@ def step(
             state *= tl.exp2(tl.load(at + keys, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634)[:, None]
         else:
             state *= tl.exp2(tl.load(at).to(tl.float32) * 1.4426950408889634)
+    if dt is not None:
+        size = tl.load(dt + batch * dt_batch + head * dt_head).to(tl.float32)
+    if A_log is not None:
+        size += tl.load(bias + head).to(tl.float32)
+        size = tl.minimum(tl.maximum(softplus(size), least), most)
+        rate = tl.exp2(tl.load(A_log + head).to(tl.float32) * 1.4426950408889634)
+        state *= tl.exp2(-1.4426950408889634 * size * rate)
     if document is not None:
         state = tl.where(tl.load(document + batch) == 0, state, 0.0)
     q_here = tl.load(q + batch * q_batch + group * q_group + keys, mask=there, other=0.0).to(tl.float32)
@@ -165,7 +177,7 @@ def step(
     v_here = tl.load(v + batch * v_batch + head * v_head + values, mask=wide, other=0.0).to(tl.float32)
     written = v_here
     if dt is not None:
-        written = v_here * tl.load(dt + batch * dt_batch + head * dt_head).to(tl.float32)
+        written = v_here * size
     state += k_here[:, None] * written[None, :]
     result = tl.sum(state * q_here[:, None], 0)
     if D is not None:

@@ -55,6 +55,26 @@ def linear_attention(
     return y, final, final.new_empty(0) if kept is None else kept
 
 
+def token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    bias: Tensor,
+    A_log: Tensor,
+    limit: tuple[float, float],
+    D: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """Take a step of Mamba-2 ``[b 1 h p]``, and write the state after it where that before is.
+
+    Δ = clamp(softplus(dt + bias), limit),    S ← e^{−Δ e^{A_log}} S + k (Δ v)ᵀ,    y = Sᵀ q + D v
+    """
+    y = v.new_empty(v.shape)
+    _Given(q, k, v, None, dt, D, None).step(state, y, state, bias, A_log, (float(limit[0]), float(limit[1])))
+    return y
+
+
 def linear_attention_backward(
     grad: Tensor,
     grad_final: Tensor | None,
@@ -150,8 +170,16 @@ class _Given:
         """Return the distances of heads and values of D."""
         return (0, 0) if self.D is None else self.D.stride()
 
-    def step(self, initial: Tensor | None, y: Tensor, final: Tensor) -> None:
-        """Take the only step of a sequence."""
+    def step(
+        self,
+        initial: Tensor | None,
+        y: Tensor,
+        final: Tensor,
+        bias: Tensor | None = None,
+        A_log: Tensor | None = None,
+        limit: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """Take the only step of a sequence; see ``token`` for the last three."""
         use = STEP(self.v, keys=self.keys, values=self.values)
         strides = [
             n
@@ -161,8 +189,8 @@ class _Given:
         _triton.launch(
             _triton_walk.step, (self.batch * self.heads * cdiv(self.values, use["VALUES"]),),
             self.v, self.q, self.k, self.g, self.dt, self.D, self.document, initial, y, final,
-            *strides, *self.skips(), self.heads, self.shared, self.keys, self.values,
-            CHANNELS=self.by_channel, KEYS=power_of_2(self.keys), **use,
+            *strides, self.skips()[0], bias, A_log, *limit, self.skips()[1], self.heads, self.shared, self.keys,
+            self.values, CHANNELS=self.by_channel, KEYS=power_of_2(self.keys), **use,
         )  # fmt: skip
 
     def sums(self, chunk: int) -> tuple[Tensor | None, Tensor | None]:
