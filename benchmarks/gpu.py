@@ -1,28 +1,36 @@
 """Speed on a GPU: every kernel beside its floor and its peers, decoding, and training; prints Markdown.
 
-    python benchmarks/gpu.py [--only kernels,decode,train,attention] [--ops scan,…] [--repeats 20] [--quick]
+    python benchmarks/gpu.py [--only PART,…] [--ops scan,…] [--repeats 20] [--quick]
 
-Peers, as far as they are installed: fla-core (pip install fla-core), mamba-ssm, causal-conv1d, transformers. First the
-ceilings of the machine are measured: a copy of 4 GiB (bytes read and written) and a product of 8192 × 8192 matrices in
-bfloat16. Then each kernel is checked against the same op in float64 (another algorithm) on fresh random numbers, in
-memory that is filled with not-a-number beforehand, outputs and all gradients, and timed in bfloat16: by events around
-the replay of a CUDA graph, so that nothing of Python is measured, after the caches have been written over; medians of
-the repeats. The floor is the longer of two times: that of its bytes, each input read and each output written once, at
-the speed of the copy, and that of its products at the speed of the matrix product. --quick takes few small shapes, also
-on a CPU in Triton's interpreter (TRITON_INTERPRET=1), where figures mean nothing.
+Parts: start, kernels, products, decode, train, attention. Peers, as far as they are installed: fla-core (pip install
+fla-core), mamba-ssm, causal-conv1d, transformers.
+
+First the ceilings of the machine are measured: a copy of 4 GiB (bytes read and written) and a product of 8192 × 8192
+matrices in bfloat16. "start" times the first call of every kernel in a process of its own that finds nothing compiled.
+Then each kernel is checked against the same op in float64 (another algorithm) on fresh random numbers, in memory that
+is filled with not-a-number beforehand, outputs and all gradients, and timed in bfloat16: by events around the replay of
+a CUDA graph, so that nothing of Python is measured, after the caches have been written over; medians of the repeats.
+The floor is the longer of two times: that of its bytes, each input read and each output written once, at the speed of
+the copy, and that of its products at the speed of the matrix product.
+
+--quick takes few small shapes, on a CPU too by its own kernels, which shows that the script runs; figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -409,6 +417,77 @@ def in_transformers(name: str, size: str, device: torch.device) -> torch.nn.Modu
     return built.to(torch.bfloat16)
 
 
+def in_mamba_ssm(name: str, size: str, device: torch.device) -> torch.nn.Module:
+    """Return the same model of mamba-ssm, with other random weights."""
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    layers, width = {"130M": (24, 768), "1.3B": (48, 2048), "quick": (2, 64)}[size]
+    kind = {"mamba": "Mamba1", "mamba2": "Mamba2"}[name]
+    config = MambaConfig(d_model=width, n_layer=layers, vocab_size=50280, ssm_cfg={"layer": kind})
+    return MambaLMHeadModel(config, device=device, dtype=torch.bfloat16)
+
+
+def products(m: Machine) -> None:
+    """Time the products of a captured step's token, with what is in the same kernel, beside the library's product."""
+    if m.device.type != "cuda":
+        return
+    from longstate.ops.linear.triton import Norm, Taps, product
+
+    rows = []
+    for inputs, outputs in (768, 3352), (1536, 768), (2048, 8512), (4096, 2048):
+        for batch in (1, 4, 8):
+            x, weight, gain = (randn(m, *shape) for shape in ((batch, inputs), (outputs, inputs), (inputs,)))
+            norm = Norm(gain, None, 1e-5, 1, 0.0, False)
+            width = outputs // 2
+            taps = Taps(randn(m, width, 4), randn(m, width), randn(m, batch, 3, width), outputs // 4)
+            ours = partial(product, x, weight, None, None, torch.bfloat16)
+            plain, _ = seconds(m, partial(functional.linear, x, weight))
+            alone, _ = seconds(m, ours)
+            whole, _ = seconds(m, partial(ours, norm=norm, taps=taps))
+            floor = nbytes(weight) / m.copies
+            times = (f"{1e6 * t:,.1f} ({floor / t:.0%})" for t in (plain, alone, whole))
+            rows.append((f"{inputs} → {outputs}", batch, f"{1e6 * floor:,.1f}", *times))
+    print("### Products of a token: µs, and how much of the speed of memory that is\n")
+    table(("weights", "sequences", "floor", "torch", "ours", "with norm and convolution"), *rows)
+
+
+_FIRST_CALLS = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+import gpu
+from longstate import ops
+machine = gpu.Machine(torch.device(sys.argv[2]), 1.0, 1.0, 1, True)
+torch.zeros(1, device=machine.device) @ torch.zeros(1, 1, device=machine.device)
+for name, problems in gpu.problems(machine).items():
+    begin = time.perf_counter()
+    for problem in problems:
+        given = {key: x.detach().requires_grad_() for key, x in problem.given.items()}
+        y = gpu.first(problem.call(**given))
+        gpu.gradients(problem.call, given, [torch.ones_like(x) for x in y[:1]])
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+    print(name, time.perf_counter() - begin)
+"""
+
+
+def start(m: Machine) -> None:
+    """Time the first call of every kernel, forward and backward, in a process of its own that has compiled nothing."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", _FIRST_CALLS, str(here), m.device.type],
+            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    rows = [(name, float(took)) for name, took in map(str.split, done.stdout.splitlines())]
+    rows.append(("all", sum(took for _, took in rows)))
+    print("### First calls, forward and backward, with nothing compiled before\n")
+    table(("op", "s"), *((name, f"{took:.1f}") for name, took in rows))
+
+
 def decode(m: Machine) -> None:
     """Time one token of each of a batch of sequences, after a prompt of one token."""
     rows = []
@@ -463,15 +542,16 @@ def train(m: Machine) -> None:
     size, shape = ("quick", (2, 32)) if m.quick else ("130M", (8, 2048))
     batch = torch.randint(50280, (shape[0], shape[1] + 1), device=m.device)
     for name in ("mamba", "mamba2"):
-        for side in ("Longstate", "transformers"):
-            if side == "transformers" and find_spec("transformers") is None:
+        for side, build in {"Longstate": model, "transformers": in_transformers, "mamba-ssm": in_mamba_ssm}.items():
+            if find_spec(side.lower().replace("-", "_")) is None:
                 continue
-            built = (model if side == "Longstate" else in_transformers)(name, size, m.device).train()
+            built = build(name, size, m.device).train()
             optimizer = torch.optim.AdamW(built.parameters(), 1e-4, fused=m.device.type == "cuda")
 
             def step(built: Any = built, side: str = side, optimizer: Any = optimizer) -> None:
                 inputs, targets = batch[:, :-1], batch[:, 1:]
-                logits = built(inputs)[0] if side == "Longstate" else built(inputs, use_cache=False).logits
+                given = dict(use_cache=False) if side == "transformers" else {}
+                logits = built(inputs)[0] if side == "Longstate" else built(inputs, **given).logits
                 functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -502,16 +582,14 @@ def attention(m: Machine) -> None:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kernels,decode,train,attention", help="parts, with commas between them")
+    parser.add_argument("--only", default="", help="parts, with commas between them; all if left out")
     parser.add_argument("--ops", default="", help="ops, with commas between them; all if left out")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.quick:
-        sys.exit(
-            "There is no GPU. --quick shows on a CPU that the script runs (with TRITON_INTERPRET=1, the kernels too)."
-        )
+        sys.exit("There is no GPU. --quick shows on a CPU that the script runs, with the kernels for CPUs.")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     print(f"{name}; torch {torch.__version__}; " + ", ".join(f"{x} {installed(x)}" for x in PEERS))
     machine = ceilings(device, arguments.repeats, arguments.quick)
@@ -521,12 +599,14 @@ def main() -> None:
     )
     torch.manual_seed(int(time.time()))  # fresh numbers every time
     parts = {
+        "start": partial(start, machine),
+        "products": partial(products, machine),
         "kernels": partial(kernels, machine, [x for x in arguments.ops.split(",") if x]),
         "decode": partial(decode, machine),
         "train": partial(train, machine),
         "attention": partial(attention, machine),
     }
-    for part in arguments.only.split(","):
+    for part in arguments.only.split(",") if arguments.only else parts:
         if part not in parts:
             parser.error(f"--only: there is no part {part!r}; there are {', '.join(parts)}")
         parts[part]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from longstate import state as states
 from longstate.data.tokenizers import Bytes
 from longstate.generate import (
     Memory,
@@ -28,6 +30,7 @@ from longstate.generate import (
     save_memory,
 )
 from longstate.models import LanguageModel
+from longstate.models.captured import CapturedStep
 
 INF = math.inf
 # Probabilities 0.5, 0.25, 0.15, 0.1 in another order.
@@ -185,6 +188,23 @@ def test_a_row_ends_before_a_stop_string_and_its_memory_stays(model: LanguageMod
         assert all(map(lambda x, y: torch.allclose(x[0], y[1], atol=1e-5), a, b))
 
 
+def test_through_a_captured_step_is_as_without(model: LanguageModel) -> None:
+    """And the step serves again, from another memory; what a step of generation gave does not change with the next."""
+    step = CapturedStep(model, len(PROMPTS))
+    for seed in (0, 3):
+        options = dict(sampling=Sampling(seed=seed), max_tokens=25, stop=["e"])
+        wanted = list(generate(model, PROMPTS, **options))
+        found = list(generate(model, PROMPTS, **options, step=step))
+        assert [x.text for x in found] == [x.text for x in wanted]
+        for a, b in zip(found, wanted, strict=True):
+            pairs = zip(states.flatten(a.memory).values(), states.flatten(b.memory).values(), strict=True)
+            assert all(torch.allclose(x.float(), y.float(), atol=1e-5) for x, y in pairs)
+    with pytest.raises(ValueError, match="captured step is that of another model"):
+        next(generate(copy.deepcopy(model), PROMPTS, step=step))
+    with pytest.raises(ValueError, match=r"a tensor of shape \[1, .*the memory is of \[3, "):
+        next(generate(model, PROMPTS[:1], step=step))
+
+
 def test_nothing_of_a_stop_string_is_shown() -> None:
     from longstate.generate import _Writer
 
@@ -196,9 +216,11 @@ def test_nothing_of_a_stop_string_is_shown() -> None:
     assert [writer.push(token, last=i == 1) for i, token in enumerate(b"EN")] == ["", "EN"]
 
 
-def test_an_inactive_row_does_not_change(model: LanguageModel) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_inactive_row_does_not_change(model: LanguageModel, captured: bool) -> None:
     memory = read(model, [[1, 2, 3], [4, 5]])
-    after = advance(model, memory, Sampling(), torch.tensor([True, False]))
+    step = CapturedStep(model, 2) if captured else None
+    after = advance(model, memory, Sampling(), torch.tensor([True, False]), step=step)
     assert torch.equal(after.token[1], memory.token[1])
     assert after.drawn.tolist() == [1, 0]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(after.state[0], memory.state[0], strict=True))

@@ -164,3 +164,11 @@ def test_complex_numbers_come_back_wherever_the_file_has_them(tmp_path: Path) ->
         loaded = state.load(tmp_path / "state.safetensors", saved)
         assert loaded[1].data_ptr() % 16 == 0
         assert torch.equal(loaded[1], saved[1])
+
+
+def test_the_one_state_or_the_other_for_each_sequence() -> None:
+    one, other = read()[1], read()[1]
+    chosen = state.where(torch.tensor([True, False, True]), one, other)
+    for i, source in enumerate((one, other, one)):
+        for x, y in zip(leaves(chosen), leaves(source), strict=True):
+            assert torch.equal(x[i], y[i])

@@ -20,6 +20,7 @@ from ._shapes import Bool, Float, Int, Tensor
 from .data.text import numbered_generator
 from .data.tokenizers import Bytes, TextStream, Tokenizer, fits_model
 from .models import LanguageModel
+from .models.captured import CapturedStep
 from .timeline import Timeline
 
 
@@ -209,11 +210,32 @@ def advance(
     sampling: Sampling,
     active: Bool[Tensor, " b"] | None = None,
     vocab_size: int | None = None,
+    step: CapturedStep | None = None,
 ) -> Memory:
-    """Draw one token for each active row, of the first ``vocab_size`` if given; the others stay as they are."""
+    """Draw one token for each active row, of the first ``vocab_size`` if given; the others stay as they are.
+
+    Args:
+        model: The model.
+        memory: What was read and drawn before.
+        sampling: How the token is drawn.
+        active: Which rows go on; all when absent.
+        vocab_size: How many tokens there are; as many as the model has logits when absent.
+        step: The model's step as a CUDA graph, for as many sequences, through which the last token is taken.
+
+    Raises:
+        ValueError: If the step is that of another model, or of another number of sequences.
+    """
     if active is None:
         active = torch.ones_like(memory.token, dtype=torch.bool)
-    logits, state = model(memory.token[:, None], memory.state, _counting(active[:, None]))
+    if step is None:
+        logits, state = model(memory.token[:, None], memory.state, _counting(active[:, None]))
+    else:
+        if step.model is not model:
+            raise ValueError("the captured step is that of another model. Make one of this model.")
+        step.load(memory.state)
+        logits, state = step(memory.token)[:, None], step.state
+        if not active.all():
+            state = states.where(active, state, memory.state)
     # The embedding may have more rows than there are tokens, and the model's vocabulary more than the tokenizer's.
     count = model.vocab_size if vocab_size is None else min(vocab_size, model.vocab_size)
     token = draw(logits[:, -1, :count], memory.seen[:, :count], memory.drawn, sampling)
@@ -262,6 +284,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     memory: Memory | None = None,
     chunk: int = 1024,
+    step: CapturedStep | None = None,
 ) -> Iterator[Step]:
     """Write on from a batch of prompts, step by step.
 
@@ -278,12 +301,14 @@ def generate(
         stop_tokens: Tokens that end a row.
         memory: What was read before (of all rows, or of one for all).
         chunk: Tokens read at a time.
+        step: ``CapturedStep(model, rows)``: on a GPU tokens take less time through it; it can serve many calls.
 
     Returns:
         An iterator of one ``Step`` for each token; the prompts have been read when it is returned.
 
     Raises:
-        ValueError: If the tokenizer is not the model's, a stop string is empty, or there is nothing to go on from.
+        ValueError: If the tokenizer is not the model's, a stop string is empty, there is nothing to go on from, or the
+            step is that of another model or number of sequences.
     """
     tokenizer, sampling = tokenizer or Bytes(), sampling or Sampling()
     if not fits_model(tokenizer, model.vocab_size):
@@ -298,7 +323,7 @@ def generate(
     if memory is None:
         raise ValueError("generate: neither prompts nor a memory came. Give at least one of them.")
     writers = [_Writer(tokenizer.stream(), stop, stop_tokens) for _ in memory.token]
-    return _steps(model, memory, sampling, max_tokens, tokenizer.vocab_size, writers)
+    return _steps(model, memory, sampling, max_tokens, tokenizer.vocab_size, writers, step)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], begin: bool = True) -> list[list[int]]:
@@ -313,12 +338,13 @@ def _steps(
     max_tokens: int,
     vocab_size: int,
     writers: Sequence[_Writer],
+    step: CapturedStep | None,
 ) -> Iterator[Step]:
     for count in range(1, max_tokens + 1):
         active = torch.tensor([not writer.done for writer in writers], device=memory.token.device)
         if not active.any():
             return
-        memory = advance(model, memory, sampling, active, vocab_size)
+        memory = advance(model, memory, sampling, active, vocab_size, step)
         text = [w.push(token, count == max_tokens) for w, token in zip(writers, memory.token.tolist(), strict=True)]
         yield Step(text, memory)
 

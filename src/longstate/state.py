@@ -96,6 +96,18 @@ def concatenate(states: Sequence[S]) -> S:
     return result
 
 
+def where(condition: Tensor, state: S, other: S) -> S:
+    """Return for each sequence its state where the condition holds, and the other where it does not.
+
+    Args:
+        condition: A boolean for each sequence ``[b]``.
+        state: The states of a batch.
+        other: States of the same shapes.
+    """
+    result: S = _map(lambda x, y: torch.where(condition.view(-1, *[1] * (x.ndim - 1)), x, y), state, other)
+    return result
+
+
 def detach(state: S) -> S:
     """Return the state cut off from the graph that computed it."""
     result: S = _map(Tensor.detach, state)

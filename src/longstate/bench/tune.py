@@ -31,6 +31,7 @@ def workloads(device: torch.device, small: bool = False) -> Iterator[tuple[str, 
         device: Where to compute.
         small: Sizes for a test.
     """
+    from ..ops.linear.triton import Norm, product
 
     def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -67,6 +68,12 @@ def workloads(device: torch.device, small: bool = False) -> Iterator[tuple[str, 
                 yield from _both(f"delta_rule {name}", ops.delta_rule, given, t)
     z = torch.complex(-torch.rand(d, n, device=device), torch.randn(d, n, device=device)).to(torch.complex128)
     powers = partial(ops.vandermonde, length=16 if small else 4096)
+    for inputs, outputs in [(8, 8)] if small else [(768, 3352), (2048, 8512), (4096, 2048)]:
+        for rows in (1, 8):
+            weight, gain = randn(outputs, inputs), randn(inputs)
+            norm = Norm(gain, None, 1e-5, 1, 0.0, False)
+            token = partial(product, randn(rows, inputs), weight, None, None, torch.bfloat16, norm)
+            yield f"token {rows} × {inputs} → {outputs}", token
     yield from _both("vandermonde", powers, dict(weights=z.to(torch.complex64), log_base=z), 2)
 
 

@@ -53,6 +53,7 @@ class CapturedStep:
         self.model = model
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self._state = states.copy(before)
+        self._value: Any = None  # of the states as they are now, if it is known
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             if device.type == "cuda":
@@ -82,12 +83,18 @@ class CapturedStep:
         Raises:
             ValueError: If its structure or its shapes are not those of the model's states.
         """
+        if state is self._value:
+            return
+        self._value = None
         states.copy_into(state, self._state)
+        self._value = state
 
     @property
     def state(self) -> Any:
         """The state after the last token, as a value."""
-        return states.copy(self._state)
+        if self._value is None:
+            self._value = states.copy(self._state)
+        return self._value
 
     @torch.no_grad()
     def __call__(self, token: Int[Tensor, " b"]) -> Float[Tensor, "b v"]:
@@ -98,6 +105,7 @@ class CapturedStep:
         """
         if token.shape != self._token.shape[:1]:
             raise ValueError(f"CapturedStep: tokens of shape {list(token.shape)}, wanted {[len(self._token)]}")
+        self._value = None
         self._token.copy_(token[:, None])
         if self._graph is None:
             self._run()

@@ -79,9 +79,11 @@ class Launches:
         if convolutions:
             taps, made = convolutions[0], convolutions[0].results[0]
             first = self.source(taps.given["u"]).column
-            span = range(first, first + made.width)
-            others = [self.source(z).column for found, _, z in after if found is not taps]
-            if len(convolutions) > 1 or any(n in span for n in others) or taps.given["weight"].shape[1] > MOST_TAPS:
+            # Nobody else may want them as they were before.
+            others = [(self.source(z).column, z.width) for found, name, z in after if (found, name) != (taps, "u")]
+            if any(n < first + made.width and first < n + width for n, width in others):
+                raise Unfit
+            if taps.given["weight"].shape[1] > MOST_TAPS:
                 raise Unfit
             self._inside[made] = _Source(y, first)
         elif len(after) == 1 and after[0][0].name == "add" and after[0][1] == "z":
