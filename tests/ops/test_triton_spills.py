@@ -38,12 +38,24 @@ def vandermonde(states: int = 64) -> None:
     triton.vandermonde_backward(triton.vandermonde(weights, log_base, 16_384), weights, log_base)
 
 
+def token(rows: int) -> None:
+    """The products of a layer's token: with norm and convolution, and with a gated norm and the residual stream."""
+    from longstate.ops.linear.triton import Norm, Taps, product
+
+    x, weight = (torch.empty(n, 2048, dtype=torch.bfloat16) for n in (rows, 4096))
+    taps = Taps(weight[:, :4].contiguous(), weight[:, 0].contiguous(), torch.empty(rows, 3, 4096, dtype=x.dtype), 0)
+    product(x, weight, None, None, x.dtype, Norm(weight[0], None, 1e-5, 1, 0.0, False), taps)
+    product(x, weight, None, None, x.dtype, Norm(weight[0], x, 1e-5, 1, 0.0, False), residual=torch.empty(rows, 4096))
+
+
 CASES = {
     "short convolution": short_convolution,
     "short convolution, float32": lambda: short_convolution(torch.float32),
     "short convolution, 8 taps": lambda: short_convolution(taps=8),
     "norm": rms_norm,
     "norm, float32": lambda: rms_norm(torch.float32),
+    "token": lambda: token(1),
+    "token of 8 sequences": lambda: token(8),
     "vandermonde": vandermonde,
     "vandermonde, 32 states": lambda: vandermonde(32),
 }

@@ -80,7 +80,7 @@ class Launches:
             taps, made = convolutions[0], convolutions[0].results[0]
             first = self.source(taps.given["u"]).column
             # Nobody else may want them as they were before.
-            others = [(self.source(z).column, z.width) for found, name, z in after if (found, name) != (taps, "u")]
+            others = [(self.source(z).column, z.width) for found, name, z in after if found is not taps or name != "u"]
             if any(n < first + made.width and first < n + width for n, width in others):
                 raise Unfit
             if taps.given["weight"].shape[1] > MOST_TAPS:
