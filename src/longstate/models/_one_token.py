@@ -181,10 +181,10 @@ def one_token(
     """Return the normed residual stream and the states after one token; None if the stack's own lines are to be run."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or timeline is not None or states is None:
         return None
-    if residual.shape[1] != 1 or not 0 < residual.shape[0] <= ROWS or residual.dtype not in TYPES:
+    if residual.shape[1] != 1 or not len(residual) or residual.dtype not in TYPES:
         return None
     captured = _triton.captured(residual)
-    if not (captured or (residual.is_cpu and _program_cpu.there())):
+    if not (captured or (residual.is_cpu and len(residual) <= ROWS and _program_cpu.there())):
         return None
     if not unobserved(residual) or torch.is_autocast_enabled(residual.device.type):
         return None

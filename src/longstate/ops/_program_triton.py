@@ -1,6 +1,7 @@
 """A program of ops on a GPU: few kernels, in which norms, convolutions and sums are part of the products beside them.
 
-What a captured step of a model runs. States change in place; between the kernels rows are tensors of their own.
+What a captured step of a model runs. States change in place; between the kernels rows are tensors of their own. Where
+there are more sequences than ``ROWS``, products are the library's, and what stands beside them is a kernel each.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from .._shapes import Tensor
-from ._program import Call, Carried, Place, Program, Unfit
+from ._program import ROWS, Call, Carried, Place, Program, Unfit
 from .convolution._fused import MOST_TAPS
+from .linear import linear
 
 
 class _Source(NamedTuple):
@@ -33,7 +37,7 @@ class Launches:
 
     def __init__(self, program: Program, source: Place) -> None:
         self._batch, self._calls, self._source = program.batch, program.calls, source
-        self._last = program.calls[-1].results[0]
+        self._last, self._together = program.calls[-1].results[0], program.batch <= ROWS
         self._launches: list[Callable[[_Rows], None]] = []
         self._inside: dict[Place, _Source] = {}  # of a convolution's rows, those of the product that they are in
         states = (x for call in self._calls for x in call.given.values() if isinstance(x, Carried))
@@ -73,6 +77,9 @@ class Launches:
         from .linear.triton import Norm, Taps, product
 
         (y,), given = call.results, call.given
+        if not self._together:
+            self._launches.append(lambda rows: rows.multiply(y, **given))
+            return
         norm, taps, residual, factor = self._makes(given["x"], "rms_norm"), None, None, 1.0
         after, to = self._readers(y), y
         convolutions = [found for found, name, _ in after if name == "u" and found.name == "short_convolution"]
@@ -109,7 +116,7 @@ class Launches:
         from .norm.triton import rms_norm
 
         (y,) = call.results
-        if all(reader.name == "linear" and x == y for reader, _, x in self._readers(y)):
+        if self._together and all(reader.name == "linear" and x == y for reader, _, x in self._readers(y)):
             return  # part of the products
 
         def launch(rows: _Rows) -> None:
@@ -119,10 +126,15 @@ class Launches:
         self._launches.append(launch)
 
     def _short_convolution(self, call: Call) -> None:
-        if call.results[0] not in self._inside:
+        if not self._together and call.given["weight"].shape[1] <= MOST_TAPS:
+            self._launches.append(lambda rows: rows.convolve(call.results[0], **call.given))
+        elif call.results[0] not in self._inside:
             raise Unfit
 
     def _add(self, call: Call) -> None:
+        if not self._together:
+            self._launches.append(lambda rows: rows.add(call.results[0], **call.given))
+            return
         made = self._makes(call.given["z"], "linear")
         if made is None or len(self._readers(made.results[0])) > 1:
             raise Unfit
@@ -150,21 +162,26 @@ class Launches:
         self._launches.append(launch)
 
     def _selective_scan(self, call: Call) -> None:
-        from ._triton import in_place
         from .selective_scan.triton import selective_scan
 
         (y,), given = call.results, call.given
 
         def launch(rows: _Rows) -> None:
             u, dt, B, C, gate = (rows(given[name])[:, None] for name in ("u", "dt", "B", "C", "gate"))
-            state = rows.states[given["state"]]
-            with in_place():
-                made, _, _ = selective_scan(
-                    u, dt, given["A_log"], B, C, given["D"], state, gate, given["dt_bias"], None, None, True, True, 0
-                )
+            state, vectors = rows.states[given["state"]], (gate, given["dt_bias"])
+            made, after, _ = selective_scan(
+                u, dt, given["A_log"], B, C, given["D"], state, *vectors, None, None, True, True, 0
+            )
             rows.made[y] = made[:, 0]
+            _write(after, state)
 
         self._launches.append(launch)
+
+
+def _write(after: Tensor, before: Tensor) -> None:
+    """Write a state where the one before is, unless it is there already."""
+    if after.data_ptr() != before.data_ptr():
+        before.copy_(after)
 
 
 class _Rows:
@@ -178,6 +195,22 @@ class _Rows:
         """Return the rows at a place ``[b d]``."""
         rows, column = self._launches.source(x)
         return self.made[rows][:, column : column + x.width]
+
+    def multiply(self, y: Place, x: Place, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        """Compute ``ops.linear``."""
+        self.made[y] = linear(self(x), weight, bias, scale, dtype=y.dtype)
+
+    def convolve(self, y: Place, u: Place, weight: Tensor, bias: Tensor | None, window: Carried) -> None:
+        """Compute ``ops.convolution.short`` with SiLU."""
+        from .convolution.triton import short
+
+        made, after = short(self(u)[:, None], weight, bias, self.states[window], None, None, True)
+        self.made[y] = made[:, 0]
+        _write(after, self.states[window])
+
+    def add(self, y: Place, x: Place, z: Place, factor: float) -> None:
+        """Compute y = x + factor z."""
+        self.made[y] = torch.add(self(x), self(z), alpha=factor)
 
     def norm(self, call: Call) -> tuple[Any, ...]:
         """Return what a norm is given."""
