@@ -85,7 +85,7 @@ def test_a_rule_keeps_or_loses_the_volume_it_should() -> None:
     for rule, mixer in mixers.items():
         with torch.no_grad():
             mixer.A.copy_(2 * torch.randn(50))  # wherever an optimiser may have taken it
-            M = mixer._step(mixer.log_dt.exp())[0]
+            M = mixer._transition(mixer.log_dt.exp())[0]
         radius = np.abs(np.linalg.eigvals(M.numpy())).max(-1)
         at_rest = stiffness(mixer) == 0
         assert at_rest.any() and not at_rest.all()

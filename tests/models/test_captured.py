@@ -11,6 +11,7 @@ import torch
 from longstate import LanguageModel, ops
 from longstate import state as states
 from longstate.compression import quantize
+from longstate.mixers import MIXERS
 from longstate.models.captured import CapturedStep
 from longstate.ops import _program_cpu, _register, _triton
 
@@ -66,6 +67,35 @@ def test_what_cannot_be_captured() -> None:
         step(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="a tensor of shape"):
         step.load(step.model.initial_state(3))
+
+
+def has_state(name: str) -> bool:
+    """Whether a layer has a state of a fixed size."""
+    state = LAYER[name].initial_state(1)
+    return state is not None and not states.growing(state)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"attention": {"n_heads": 2, "window": 3}}
+LAYER = {name: kind(64, **OPTIONS.get(name, {})) for name, kind in MIXERS.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if has_state(name)])
+def test_nothing_of_a_step_waits_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is asked of a tensor, and none is copied there, which no graph could hold."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a GPU would have to be waited for")
+
+    step, token = CapturedStep(model([{"mixer": name, **OPTIONS.get(name, {})}]), 2), torch.tensor([3, 5])
+    step(token)
+    with monkeypatch.context() as patch:
+        for method in ("item", "tolist", "cpu", "numpy", "nonzero", "new_tensor"):
+            patch.setattr(torch.Tensor, method, refuse)
+        for method in ("__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, method, refuse)
+        for function in ("tensor", "as_tensor"):
+            patch.setattr(torch, function, refuse)
+        step(token)
 
 
 @pytest.fixture

@@ -174,6 +174,11 @@ class OutputGate(nn.Module):
         return functional.glu(self.linear(functional.gelu(x.contiguous())))
 
 
+def conjugate(x: Float[Tensor, "*b two"]) -> Float[Tensor, "*b two"]:
+    """Return the conjugates of complex numbers that are pairs of real ones."""
+    return torch.stack([x[..., 0], -x[..., 1]], -1)
+
+
 def log_uniform_(x: Tensor, low: float, high: float) -> Tensor:
     """Fill a tensor with the logarithms of numbers spread log-uniformly over [low, high]."""
     return nn.init.uniform_(x, math.log(low), math.log(high))

@@ -12,7 +12,7 @@ from .._shapes import Float, Tensor
 from ..ops import block_scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import OutputGate, check_steps, log_uniform_
+from ._parts import OutputGate, check_steps, conjugate, log_uniform_
 
 
 class LinOSSState(NamedTuple):
@@ -104,7 +104,7 @@ class LinOSS(Mixer):
         dt = self.log_dt.to(dtype).exp()
         if timeline.dt is not None:
             dt = dt * timeline.dt.to(dtype)[..., None]
-        M, gain = self._step(dt)
+        M, gain = self._transition(dt)
         # Complex matrices as pairs of real ones: one real product each way.
         driven = (u @ self.B.to(dtype).transpose(0, 1).flatten(1)).unflatten(-1, (-1, 2))
         h, final = block_scan(
@@ -114,11 +114,11 @@ class LinOSS(Mixer):
             start=timeline.start,
             valid=timeline.valid,
         )
-        y = h[..., 1, :].flatten(-2) @ (self.C.to(dtype) * self.C.new_tensor([1, -1])).flatten(1).mT
+        y = h[..., 1, :].flatten(-2) @ conjugate(self.C.to(dtype)).flatten(1).mT
         y = (y + self.D * u).to(x.dtype)
         return zero_where_invalid(self.output(y), timeline.valid), LinOSSState(final)
 
-    def _step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+    def _transition(self, dt: Tensor) -> tuple[Tensor, Tensor]:
         """Return the matrix of each step ``[… n 2 2]`` and what it multiplies B u by ``[… n 2]``."""
         A = self.A.to(dt.dtype)
         A = A.exp() if self.nonnegative == "exp" else A.relu()

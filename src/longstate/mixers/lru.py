@@ -13,7 +13,7 @@ from .._shapes import Float, Inexact, Tensor
 from ..ops import scan
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
-from ._parts import OutputGate
+from ._parts import OutputGate, conjugate
 
 
 class LRUState(NamedTuple):
@@ -114,6 +114,6 @@ class LRU(Mixer):
             start=timeline.start,
             valid=timeline.valid,
         )
-        y = torch.view_as_real(h).flatten(-2) @ (self.C.to(dtype) * self.C.new_tensor([1, -1])).flatten(1).mT
+        y = torch.view_as_real(h).flatten(-2) @ conjugate(self.C.to(dtype)).flatten(1).mT
         y = (y + self.D * u).to(x.dtype)
         return zero_where_invalid(self.output(y), timeline.valid), LRUState(final)

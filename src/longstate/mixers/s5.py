@@ -15,7 +15,7 @@ from ..systems import diagonal_modes, legs_normal, perturbed_legs
 from ..timeline import Timeline, zero_where_invalid
 from ._base import Mixer, mark, state_dtype
 from ._modes import PARAMETERIZATIONS, real_part, set_real_part_
-from ._parts import OutputGate, check_steps, log_uniform_
+from ._parts import OutputGate, check_steps, conjugate, log_uniform_
 
 
 class S5State(NamedTuple):
@@ -138,6 +138,6 @@ class S5(Mixer):
             start=timeline.start,
             valid=timeline.valid,
         )
-        y = torch.view_as_real(h).flatten(-2) @ (self.C.to(dtype) * self.C.new_tensor([2, -2])).flatten(1).mT
+        y = torch.view_as_real(h).flatten(-2) @ (2 * conjugate(self.C.to(dtype))).flatten(1).mT
         y = (y + self.D * u).to(x.dtype)
         return zero_where_invalid(self.output(y), timeline.valid), S5State(final)

@@ -109,8 +109,10 @@ class SpaceTime(Mixer):
 
     def taps(self) -> Float[Tensor, "d k"]:
         """Return w, the newest first."""
-        rows = [self.kinds[i % len(self.kinds)] for i in range(self.d_model)]
-        return torch.tensor(rows, dtype=state_dtype(self.a), device=self.a.device)
+        # Filled in where they are: to copy numbers to a GPU would make it wait, and is no part of a graph.
+        number = self.a.new_empty(0, dtype=state_dtype(self.a)).new_full
+        kinds = torch.stack([torch.stack([number((), x) for x in kind]) for kind in self.kinds])
+        return kinds.repeat(-(-self.d_model // len(kinds)), 1)[: self.d_model]
 
     def initial_state(self, batch_size: int) -> SpaceTimeState:
         """Return zeros."""

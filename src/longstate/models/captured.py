@@ -57,7 +57,8 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             if device.type == "cuda":
-                self._capture()
+                with torch.cuda.device(device):
+                    self._capture()
         self.load(before)
 
     def _capture(self) -> None:
