@@ -1,6 +1,6 @@
 """One token of each of a few sequences through modules, as a program of ops.
 
-A mixer that can be run so writes the lines of its ``forward`` down once more in ``_step``, which adds them to a
+A mixer that can be run so writes the lines of its ``forward`` down once more in ``_write_token``, which adds them to a
 program.
 """
 

@@ -159,7 +159,7 @@ class Mamba(Mixer):
             return self.dt_proj(low), None
         return linear(low, product.weight, scale=product.scale), product.bias
 
-    def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
+    def _write_token(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
         """Write down what ``forward`` does with one token."""
         u, z = step.project(self, "in_proj", x).split([self.d_inner, self.d_inner])
         u = step.convolve(self, "conv1d", u, conv)

@@ -157,7 +157,7 @@ class Mamba2(Mixer):
             y = torch.cat([functional.silu(z_0) * x_0, y], -1)
         return zero_where_invalid(self.out_proj(y), timeline.valid), Mamba2State(window, ssm)
 
-    def _step(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
+    def _write_token(self, step: Step, x: Place, conv: Carried, ssm: Carried) -> Place:
         """Write down what ``forward`` does with one token, if there is a norm, and no channel that skips the SSM."""
         projected = step.project(self, "in_proj", x)
         rest, _, z, u, dt = projected.split(self.parts)

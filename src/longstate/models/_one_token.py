@@ -91,11 +91,11 @@ class Programs:
         mixer: Any = self.watch.module(block, "mixer")
         if "is_sum" not in vars(type(block)):
             raise Unfit
-        if "_step" not in vars(type(mixer)) or self.watch.see(block._modules, "mlp") is not None:
+        if "_write_token" not in vars(type(mixer)) or self.watch.see(block._modules, "mlp") is not None:
             raise Unfit
         states = mixer.initial_state(self.shape[0])
         source, result = (step.given(self.shape[-1], self.dtype) for _ in range(2))
-        y = mixer._step(step, step.norm(block, "norm", source), *(step.carried(x.dtype) for x in states))
+        y = mixer._write_token(step, step.norm(block, "norm", source), *(step.carried(x.dtype) for x in states))
         if torch.promote_types(self.dtype, y.dtype) is not self.dtype:
             raise Unfit
         step.add(source, y, self.watch.see(vars(block), "residual_multiplier"), result)
