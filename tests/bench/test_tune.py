@@ -93,7 +93,7 @@ def test_every_kernel_is_asked_for_and_its_row_is_one_of_its_space() -> None:
         with _triton.asked() as found:
             call()
         asked |= {x.kernel for x, _ in found}
-    segments = {"linear_attention.combine"}  # only longer sequences are cut into them
+    segments = {"linear_attention.combine", "delta_rule.combine"}  # only longer sequences are cut into them
     assert asked | segments == set(_triton.Tiles.known)
     (table,) = tune.tune(CPU, "rms_norm 1 × 37", small=True, say=lambda line: None).values()
     assert table

@@ -114,7 +114,7 @@ def products(
 
 @triton.jit
 def outputs(
-    q, y, written, scores, into, states, q_b, q_t, q_g, length, chunks, heads, repeats,
+    q, y, written, scores, into, start, states, q_b, q_t, q_g, length, chunks, heads, repeats,
     K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, PB: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,6 +132,12 @@ def outputs(
     if into is not None:
         left = tl.load(into + at * C + row)[:, None]
         read = tl.where(left == 0, 0.0, left * read)
-    square = load(scores + at * C * C, row, C, C, row, C)
-    read += product(square, load(written + at * C * P, row, P, C, column, P), PRECISION)
+    square, put = load(scores + at * C * C, row, C, C, row, C), load(written + at * C * P, row, P, C, column, P)
+    if start is not None:
+        # What the first sequence wrote may be no number, if its state was: a product would bring it to all steps.
+        _same, opening, _last = same_sequence(start + batch * length + n * C, row, rows, C)
+        opened = opening[:, None]
+        read += tl.where(opened, product(square, tl.where(opened, put, 0.0).to(KIND), PRECISION), 0.0)
+        put = tl.where(opened, 0.0, put).to(KIND)
+    read += product(square, put, PRECISION)
     store(y + (batch * length + n * C) * heads * P + head * P, row, heads * P, rows, column, P, read)

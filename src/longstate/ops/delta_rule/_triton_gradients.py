@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._triton_chunks import place
-from ._triton_parts import blocks, half, halves, load, of_channels, of_head, pairs, product, same_sequence, store
+from ._triton_parts import half, halves, load, of_channels, of_head, pairs, product, same_sequence, store
 
 
 @triton.jit
@@ -88,40 +88,42 @@ def of_states(
 
 @triton.jit
 def of_squares_by_channel(
-    q, k, of_q, of_k, of_beta, G, column,
+    q, k, of_scores, of_keys, strength, G, column,
     K: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr,
     KB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what the squares give to queries, to keys as readers (but for −β) and to keys as sources.
 
-    Every pair of steps meets in the middle of one block: see ``_triton_parts.between_by_channel``.
+    Every pair of steps meets in the middle of one block: see ``_triton_parts.between_by_channel``. The squares are read
+    again at each level, for only the pairs that meet there: there are no registers for all of them.
     """
     N: tl.constexpr = C // SUB
-    row, i = tl.arange(0, C), tl.arange(0, SUB)
-    KIND: tl.constexpr = of_q.dtype
-    at, to = i[None, :, None], i[None, None, :]
-    own = tl.sum(tl.where(row[:, None] == row[None, :], of_q.to(tl.float32), 0.0), 1)[:, None]
+    row, i, block = tl.arange(0, C), tl.arange(0, SUB), tl.arange(0, N)[:, None, None]
+    KIND: tl.constexpr = of_scores.dtype.element_ty
+    own = tl.load(of_scores + row * (C + 1)).to(tl.float32)[:, None]
     asked, read, gave = own * k, tl.zeros([C, KB], tl.float32), own * q
-    near_q, near_k = blocks(of_q.to(tl.float32), C, SUB), blocks(of_k.to(tl.float32), C, SUB)
-    near_b = blocks(of_beta.to(tl.float32), C, SUB)
     sums = load(G, row, K, C, column, K)
+    at, to = i[None, :, None], i[None, None, :]
+    there, strengths = block * SUB * (C + 1) + at * C + to, tl.reshape(strength, (N, SUB))[:, :, None]
     for L in range(INNER):
         source, reader, asker = halves(q, k, G, sums, row, column, KIND, K, C, L)
         met, source = pairs(at, to, L), tl.reshape(source, (N, SUB, KB))
-        a, b = tl.where(met, near_q, 0.0).to(KIND), tl.where(met, near_k, 0.0).to(KIND)
-        c = tl.permute(tl.where(met, near_b, 0.0).to(KIND), (0, 2, 1))
+        a, b = tl.load(of_scores + there, mask=met, other=0), tl.load(of_keys + there, mask=met, other=0)
+        c = tl.permute((b * strengths).to(KIND), (0, 2, 1))
         back = product(tl.permute(a, (0, 2, 1)), tl.reshape(asker, (N, SUB, KB)), PRECISION)
         back -= product(c, tl.reshape(reader, (N, SUB, KB)), PRECISION)
         factor, second = half(G, sums, row, column, K, C, L)
         asked += tl.where(second, factor * tl.reshape(product(a, source, PRECISION), (C, KB)), 0.0)
         read += tl.where(second, factor * tl.reshape(product(b, source, PRECISION), (C, KB)), 0.0)
         gave += tl.where(second, 0.0, factor * tl.reshape(back, (C, KB)))
+    at, to = row[:, None], row[None, :]
     for L in range(INNER, LEVELS):
         source, reader, asker = halves(q, k, G, sums, row, column, KIND, K, C, L)
-        met = pairs(row[:, None], row[None, :], L)
-        a, b = tl.where(met, of_q, 0.0).to(KIND), tl.where(met, of_k, 0.0).to(KIND)
-        c = tl.where(met, of_beta, 0.0).to(KIND)
-        back = product(tl.trans(a), asker, PRECISION) - product(tl.trans(c), reader, PRECISION)
+        met = pairs(at, to, L)
+        a = tl.load(of_scores + at * C + to, mask=met, other=0)
+        b = tl.load(of_keys + at * C + to, mask=met, other=0)
+        c = tl.trans((b * strength[:, None]).to(KIND))
+        back = product(tl.trans(a), asker, PRECISION) - product(c, reader, PRECISION)
         factor, second = half(G, sums, row, column, K, C, L)
         asked += tl.where(second, factor * product(a, source, PRECISION), 0.0)
         read += tl.where(second, factor * product(b, source, PRECISION), 0.0)
@@ -152,31 +154,33 @@ def rows_of(
     for r in range(repeats):
         head = group * repeats + r
         at = (batch * heads + head) * chunks + n
+        strength = tl.load(beta + batch * beta_b + (n * C + row) * beta_t + head * beta_h, mask=row < rows, other=0)
+        strength = strength.to(tl.float32)
+        if CHANNELS:
+            G = g + at * C * K
+            asked, reader, source = of_squares_by_channel(
+                query.to(tl.float32), key.to(tl.float32), of_scores + at * C * C, of_keys + at * C * C, strength, G,
+                column, K, C, SUB, LEVELS, INNER, KB, PRECISION,
+            )  # fmt: skip
+        else:
+            of_q, of_k = load(of_scores + at * C * C, row, C, C, row, C), load(of_keys + at * C * C, row, C, C, row, C)
+            of_b = (of_k * strength[:, None]).to(KIND)
+            asked, reader = product(of_q, key.to(KIND), PRECISION), product(of_k, key.to(KIND), PRECISION)
+            source = product(tl.trans(of_q), query.to(KIND), PRECISION)
+            source -= product(tl.trans(of_b), key.to(KIND), PRECISION)
         here = grad + batch * grad_b + n * C * grad_t + head * grad_h
         read, erased, wrote, together = of_states(
             here, grad_t, side + at * C * P, written + at * C * P, states + at * K * P, laters + at * K * P,
             rows, column, K, P, C, KB, PB, PRECISION,
         )  # fmt: skip
-        strength = tl.load(beta + batch * beta_b + (n * C + row) * beta_t + head * beta_h, mask=row < rows, other=0)
-        strength = strength.to(tl.float32)[:, None]
-        of_q, of_k = load(of_scores + at * C * C, row, C, C, row, C), load(of_keys + at * C * C, row, C, C, row, C)
-        of_b = (of_k * strength).to(KIND)
         if CHANNELS:
-            G = g + at * C * K
             into, out, through = of_channels(G, start, row, rows, column, K, C)
-            asked, reader, source = of_squares_by_channel(
-                query.to(tl.float32), key.to(tl.float32), of_q, of_k, of_b, G, column,
-                K, C, SUB, LEVELS, INNER, KB, PRECISION,
-            )  # fmt: skip
         else:
             rate = g
             if g is not None:
                 rate = g + batch * g_b + n * C * g_t + head * g_h
             into, out, through, _between = of_head(rate, g_t, start, row, rows, C)
             into, out = into[:, None], out[:, None]
-            asked, reader = product(of_q, key.to(KIND), PRECISION), product(of_k, key.to(KIND), PRECISION)
-            source = product(tl.trans(of_q), query.to(KIND), PRECISION)
-            source -= product(tl.trans(of_b), key.to(KIND), PRECISION)
         asked += tl.where(into == 0, 0.0, into * read)
         reader += tl.where(into == 0, 0.0, into * erased)
         wrote *= out
@@ -188,7 +192,7 @@ def rows_of(
             more += tl.load(of_beta + ((batch * chunks + n) * C + row) * heads + head)
         tl.store(grad_beta + part * batches * length * heads + offset, more, mask=row < rows)
         if grad_g is not None:
-            change = query.to(tl.float32) * asked - strength * of_key - key.to(tl.float32) * source
+            change = query.to(tl.float32) * asked - strength[:, None] * of_key - key.to(tl.float32) * source
             end = tl.sum(key.to(tl.float32) * wrote, 0) + tl.where(through == 0, 0.0, through * together)
             if CHANNELS:
                 change += tl.where((row == C - 1)[:, None], end[None, :], 0.0)
@@ -199,7 +203,7 @@ def rows_of(
                 decay = tl.cumsum(decay, 0, reverse=True)
                 tl.store(grad_g + part * batches * length * heads + offset, decay, mask=row < rows)
         d_query += asked
-        d_key += source - strength * reader
+        d_key += source - strength[:, None] * reader
     at = ((batch * length + n * C) * groups + group) * K
     store(grad_q + at, row, groups * K, rows, column, K, d_query)
     store(grad_k + at, row, groups * K, rows, column, K, d_key)

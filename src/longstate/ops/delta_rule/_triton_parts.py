@@ -41,7 +41,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def segments(start, row, rows):
+def sequences(start, row, rows):
     """Return how many sequences began in the chunk up to each step."""
     return tl.cumsum(tl.load(start + row, mask=row < rows, other=0).to(tl.int32), 0)
 
@@ -52,7 +52,7 @@ def same_sequence(start, row, rows, C: tl.constexpr):
     same = row[:, None] >= row[None, :]
     first, last = row >= 0, row >= 0
     if start is not None:
-        segment = segments(start, row, rows)
+        segment = sequences(start, row, rows)
         same &= segment[:, None] == segment[None, :]
         first, last = segment == 0, segment == tl.max(segment, 0)
     return same, first, last
@@ -89,7 +89,7 @@ def of_channels(G, start, row, rows, column, K: tl.constexpr, C: tl.constexpr):
     end = tl.load(G + (C - 1) * K + column, mask=column < K, other=0)
     into, out, through = tl.exp2(sums), tl.exp2(tl.minimum(end[None, :] - sums, 0.0)), tl.exp2(end)
     if start is not None:
-        segment = segments(start, row, rows)
+        segment = sequences(start, row, rows)
         last = tl.max(segment, 0)
         into = tl.where((segment == 0)[:, None], into, 0.0)
         out = tl.where((segment == last)[:, None], out, 0.0)

@@ -16,70 +16,7 @@ import torch
 
 from ..._shapes import Tensor
 from .. import _triton
-from . import _triton_chunks, _triton_gradients, _triton_walk
-
-_CHUNK = _triton.Tiles(
-    "delta_rule.chunk", dict(C=64, SUB=16), interpreter=dict(C=8, SUB=4), space=dict(C=(32, 64), SUB=(16,))
-)
-# Float32 takes twice the room, and three times in the making of its products.
-_CHUNK_FLOAT32 = _triton.Tiles(
-    "delta_rule.chunk_float32", dict(C=32, SUB=16), interpreter=dict(C=8, SUB=4), space=dict(C=(32, 64), SUB=(16,))
-)
-_WARPS: dict[str, tuple[int, ...]] = dict(num_warps=(2, 4, 8), num_stages=(1, 2, 3))
-_PREPARE = _triton.Tiles(
-    "delta_rule.prepare",
-    dict(KB=64, PB=64, num_warps=4, num_stages=1),
-    interpreter=dict(KB=4, PB=4),
-    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
-)
-_PREPARE_BY_CHANNEL = _triton.Tiles(
-    "delta_rule.prepare_by_channel",
-    dict(KB=32, PB=64, num_warps=4, num_stages=1),
-    interpreter=dict(KB=4, PB=4),
-    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
-)
-_WALK = _triton.Tiles(
-    "delta_rule.walk",
-    dict(PB=32, num_warps=4, num_stages=2),
-    interpreter=dict(PB=4),
-    space=dict(_WARPS, PB=(16, 32, 64)),
-)
-_WALK_BACK = _triton.Tiles(
-    "delta_rule.walk_back",
-    dict(PB=32, num_warps=4, num_stages=2),
-    interpreter=dict(PB=4),
-    space=dict(_WARPS, PB=(16, 32, 64)),
-)
-_OUTPUTS = _triton.Tiles(
-    "delta_rule.outputs",
-    dict(KB=64, PB=64, num_warps=4, num_stages=2),
-    interpreter=dict(KB=4, PB=4),
-    space=dict(_WARPS, KB=(32, 64, 128), PB=(32, 64, 128)),
-)
-_SQUARES = _triton.Tiles(
-    "delta_rule.squares",
-    dict(PB=64, num_warps=4, num_stages=1),
-    interpreter=dict(PB=4),
-    space=dict(_WARPS, PB=(32, 64, 128)),
-)
-_ROWS = _triton.Tiles(
-    "delta_rule.rows",
-    dict(KB=64, PB=64, num_warps=8, num_stages=1),
-    interpreter=dict(KB=4, PB=4),
-    space=dict(_WARPS, KB=(32, 64), PB=(32, 64)),
-)
-_ROWS_BY_CHANNEL = _triton.Tiles(
-    "delta_rule.rows_by_channel",
-    dict(KB=32, PB=64, num_warps=8, num_stages=1),
-    interpreter=dict(KB=4, PB=4),
-    space=dict(_WARPS, KB=(32, 64), PB=(32, 64)),
-)
-_STEP = _triton.Tiles(
-    "delta_rule.step",
-    dict(PB=16, num_warps=4),
-    interpreter=dict(PB=4),
-    space=dict(PB=(8, 16, 32), num_warps=(1, 2, 4, 8)),
-)
+from . import _triton_chunks, _triton_gradients, _triton_tiles, _triton_walk
 
 
 def delta_rule(
@@ -106,7 +43,7 @@ def delta_rule(
         return y, final, final.new_empty(0)
     kept = final.new_empty(_triton.cdiv(x.length, keep) + 1, *final.shape) if keep else None
     parts = x.prepare(None)
-    states = x.walk(parts, initial, x.chunks, kept, keep, final)
+    states = x.walk(parts, initial, kept, keep, final)
     x.outputs(parts, states, y)
     return y, final, final.new_empty(0) if kept is None else kept
 
@@ -127,9 +64,8 @@ def delta_rule_backward(
     x = _Chunks(q, k, v, log_decay, beta, start)
     grad = _in_rows(grad)
     parts = x.prepare(grad)
-    states = x.walk(parts, kept.contiguous(), keep // x.C, None, keep, None)
-    grad_initial = x.state()
-    laters = x.walk_back(parts, grad, None if grad_final is None else grad_final.float().contiguous(), grad_initial)
+    states = x.walk_from(parts, kept.contiguous(), keep // x.C, None, keep, None)
+    laters, grad_initial = x.walk_back(parts, grad, None if grad_final is None else grad_final.float().contiguous())
     grad_q, grad_k, grad_v, grad_g, grad_beta = x.gradients(parts, grad, states, laters)
     return grad_q, grad_k, grad_v, grad_g, grad_initial, grad_beta, q.new_empty(0)
 
@@ -171,15 +107,12 @@ class _Chunks:
         self.precision = "wide" if wide else "tf32x3"
         # The inverse is rounded to 8 or 11 bits afterwards where products are of narrow types: those of TF32 keep 11.
         self.solve = "tf32x3" if self.kind is torch.float32 else "tf32"
-        chunk = (_CHUNK_FLOAT32 if self.kind is torch.float32 else _CHUNK)(q)
+        chunk = (_triton_tiles.CHUNK_FLOAT32 if self.kind is torch.float32 else _triton_tiles.CHUNK)(q)
         self.C, sub = chunk["C"], chunk["SUB"]
         self.chunks = _triton.cdiv(self.length, self.C)
         self.blocks = dict(SUB=sub, LEVELS=self.C.bit_length() - 1, INNER=sub.bit_length() - 1)
         self.sizes = dict(batch=self.batch, length=self.length, heads=self.heads, k=self.K, p=self.P)
         self.widths = dict(K=self.K, P=self.P, C=self.C, PRECISION=self.precision)
-
-    def state(self) -> Tensor:
-        return self.v.new_empty(self.batch, self.heads, self.K, self.P, dtype=torch.float32)
 
     def tiles(self, declared: _triton.Tiles) -> dict[str, int]:
         """Return a kernel's tiles, no larger than the widths that they are of."""
@@ -196,7 +129,7 @@ class _Chunks:
         return self.v.new_empty(shape, dtype=dtype or self.kind).transpose(1, 2)
 
     def step(self, initial: Tensor | None, y: Tensor, final: Tensor) -> None:
-        tiles = self.tiles(_STEP)
+        tiles = self.tiles(_triton_tiles.STEP)
         grid = (self.batch * self.heads, _triton.cdiv(self.P, tiles["PB"]))
         decay = None if self.log_decay is None else _in_rows(self.log_decay) if self.by_channel else self.log_decay
         given = (self.q, self.k, self.v, self.beta, decay)
@@ -210,7 +143,7 @@ class _Chunks:
         """Return the running sums of the decays of channels; those of heads as they are."""
         if self.log_decay is None or not self.by_channel:
             return self.log_decay
-        tiles = self.tiles(_PREPARE_BY_CHANNEL)
+        tiles = self.tiles(_triton_tiles.PREPARE_BY_CHANNEL)
         decay, sums = _in_rows(self.log_decay), self.scratch(self.K, torch.float32)
         _triton.launch(
             _triton_chunks.sums,
@@ -245,58 +178,129 @@ class _Chunks:
             decay,
         )
         new = (parts.q, parts.k) if self.by_channel else (None, None)
+        tiles = self.tiles(_triton_tiles.PREPARE_BY_CHANNEL if self.by_channel else _triton_tiles.PREPARE)
         _triton.launch(
             _triton_chunks.prepare,
             (self.batch * self.heads * self.chunks,),
             self.q, self.k, self.v, self.beta, decay, self.start, grad, *parts[:8], *new,
             *_strides(self.q, self.k, self.v, self.beta, decay, grad),
             self.length, self.chunks, self.heads, self.repeats,
-            **self.widths, **self.blocks, **self.tiles(_PREPARE_BY_CHANNEL if self.by_channel else _PREPARE),
+            **self.widths, **self.blocks, **tiles,
             CHANNELS=self.by_channel, SOLVE=self.solve,
         )  # fmt: skip
         return parts
 
+    def walk_tiles(self, declared: _triton.Tiles, walks: int) -> tuple[dict[str, int], int, int]:
+        """Return the tiles of a walk, its number of programs, and how many a GPU has room for.
+
+        With two stages, what a chunk needs is asked for when the one before is done; with three, a chunk earlier. A
+        program that is alone on its multiprocessor takes as many as there is memory for, and one that is not leaves
+        half of it to another, if two stages fit there: they wait at different times then.
+        """
+        tiles, K = self.tiles(declared), _triton.power_of_2(self.K, 16)
+        if K > 128:  # the state is as high: twice the registers
+            tiles["num_warps"] = max(8, tiles["num_warps"])
+        programs = walks * self.batch * self.heads * _triton.cdiv(max(self.K, self.P), tiles["PB"])
+        rows = 3 if declared is _triton_tiles.WALK_BACK else 2  # tiles of keys; one less of values
+        size, (places, memory) = torch.finfo(self.kind).bits // 8, _triton_tiles.gpu(self.v)
+        stage, rest = self.C * (rows * K + (rows - 1) * tiles["PB"]) * size, K * tiles["PB"] * 4 + 1024
+        crowded = programs > places and 2 * (2 * stage + rest) <= memory
+        fit = (memory // (2 if crowded else 1) - rest) // stage
+        # Products of float32 leave no registers for addresses of later loads.
+        tiles["num_stages"] = 1 if self.kind is torch.float32 else max(1, min(tiles["num_stages"], fit))
+        # Eight warps have room for all registers that a thread can have.
+        beside = min(8 // tiles["num_warps"], memory // (tiles["num_stages"] * stage + rest))
+        return tiles, programs, places * max(beside, 1)
+
+    def every(self, declared: _triton.Tiles) -> int:
+        """Return over how many chunks to walk at once."""
+        return _triton.cdiv(self.chunks, _triton_tiles.segments(self.chunks, *self.walk_tiles(declared, 1)[1:]))
+
     def walk(
+        self, parts: _Parts, initial: Tensor | None, kept: Tensor | None, keep: int, final: Tensor | None
+    ) -> Tensor:
+        """Walk over the sequence; return the states before chunks, and leave what is written in ``parts.written``."""
+        every = self.every(_triton_tiles.WALK)
+        if every < self.chunks:
+            initial = self.combine(self.ends(parts, parts.written, every), self.ends(parts, None, every), initial)
+        return self.walk_from(parts, initial, every, kept, keep, final)
+
+    def walk_from(
         self, parts: _Parts, initial: Tensor | None, every: int, kept: Tensor | None, keep: int, final: Tensor | None
     ) -> Tensor:
-        """Walk over the sequence, or over ``every`` chunks of it from a state of its own; return the states before
-        chunks, and leave what is written in ``parts.written``."""
-        tiles = self.tiles(_WALK)
+        """Do the same by walks over ``every`` chunks from a state each."""
         states = self.v.new_empty(self.batch, self.heads, self.chunks, self.K, self.P, dtype=self.kind)
-        lines, walks = self.batch * self.heads, _triton.cdiv(self.chunks, max(every, 1)) if final is None else 1
+        self.forward(parts, parts.written, self.P, initial, every, states, kept, keep, final)
+        return states
+
+    def ends(self, parts: _Parts, written: Tensor | None, every: int) -> Tensor:
+        """Return the states after walks from zero ``[walks b h k p]``; or, where nothing is written, their maps."""
+        width = self.K if written is None else self.P
+        ends = self.v.new_empty(
+            _triton.cdiv(self.chunks, every), self.batch, self.heads, self.K, width, dtype=torch.float32
+        )
+        self.forward(parts, written, width, None, every, None, None, 0, ends)
+        return ends
+
+    def forward(
+        self, parts: _Parts, written: Tensor | None, width: int, initial: Tensor | None, every: int,
+        states: Tensor | None, kept: Tensor | None, keep: int, final: Tensor | None,
+    ) -> None:  # fmt: skip
+        lines, walks = self.batch * self.heads, max(1, _triton.cdiv(self.chunks, max(every, 1)))
+        tiles, _, _ = self.walk_tiles(_triton_tiles.WALK, walks)
         _triton.launch(
             _triton_walk.forward,
-            (lines, _triton.cdiv(self.P, tiles["PB"]), walks),
-            parts.k, parts.written, parts.erase, parts.into, parts.out, parts.through, initial, states, kept, final,
+            (lines, _triton.cdiv(width, tiles["PB"]), walks),
+            parts.k, written, parts.erase, parts.into, parts.out, parts.through, initial, states, kept, final,
             *_strides(parts.k), self.length, self.chunks, self.heads, parts.repeats, lines, every, keep // self.C,
-            **self.widths, **tiles, KB=_triton.power_of_2(self.K, 16), CHANNELS=self.by_channel,
+            **self.widths | dict(P=width), **tiles, KB=_triton.power_of_2(self.K, 16), CHANNELS=self.by_channel,
+        )  # fmt: skip
+
+    def combine(self, ends: Tensor, maps: Tensor, given: Tensor | None, back: bool = False) -> Tensor:
+        """Return the states before walks, or ``back`` the gradients of those after them."""
+        states, tiles, lines = torch.empty_like(ends), self.tiles(_triton_tiles.COMBINE), self.batch * self.heads
+        _triton.launch(
+            _triton_walk.combine, (lines, _triton.cdiv(self.P, tiles["PB"])), ends, maps, given, states,
+            lines, ends.shape[0], K=self.K, P=self.P, ROWS=_triton.power_of_2(self.K, 16), BACK=back, **tiles,
         )  # fmt: skip
         return states
 
     def outputs(self, parts: _Parts, states: Tensor, y: Tensor) -> None:
-        tiles = self.tiles(_OUTPUTS)
+        tiles = self.tiles(_triton_tiles.OUTPUTS)
         _triton.launch(
             _triton_chunks.outputs,
             (self.batch * self.heads * self.chunks, _triton.cdiv(self.P, tiles["PB"])),
-            parts.q, y, parts.written, parts.scores, parts.into, states, *_strides(parts.q),
+            parts.q, y, parts.written, parts.scores, parts.into, self.start, states, *_strides(parts.q),
             self.length, self.chunks, self.heads, parts.repeats, **self.widths, **tiles,
         )  # fmt: skip
 
-    def walk_back(self, parts: _Parts, grad: Tensor, last: Tensor | None, first: Tensor) -> Tensor:
-        """Return the gradients of the states after chunks; leave that of what is written in ``parts.source``."""
-        tiles = self.tiles(_WALK_BACK)
-        if self.K > 128:  # four of its tiles are as wide as keys: two stages of them would take all of the memory
-            tiles["num_stages"] = 1
+    def walk_back(self, parts: _Parts, grad: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the states after chunks and of the initial one; leave that of what is written in
+        ``parts.source``."""
         laters = self.v.new_empty(self.batch, self.heads, self.chunks, self.K, self.P, dtype=self.kind)
+        first = self.v.new_empty(1, self.batch, self.heads, self.K, self.P, dtype=torch.float32)
+        every = self.every(_triton_tiles.WALK_BACK)
+        if every < self.chunks:
+            maps = self.ends(parts, None, every)
+            ends = first.new_empty(maps.shape[0], *first.shape[1:])
+            self.backward(parts, grad, every, None, None, ends)
+            last = self.combine(ends, maps, last, back=True)
+        self.backward(parts, grad, every, last, laters, first)
+        return laters, first[0]
+
+    def backward(
+        self, parts: _Parts, grad: Tensor, every: int, last: Tensor | None, laters: Tensor | None, first: Tensor
+    ) -> None:
+        lines, walks = self.batch * self.heads, max(1, _triton.cdiv(self.chunks, max(every, 1)))
+        tiles, _, _ = self.walk_tiles(_triton_tiles.WALK_BACK, walks)
         _triton.launch(
             _triton_walk.backward,
-            (self.batch * self.heads, _triton.cdiv(self.P, tiles["PB"])),
+            (lines, _triton.cdiv(self.P, tiles["PB"]), walks),
             parts.q, parts.k, grad, parts.source, parts.erase, parts.into, parts.out, parts.through,
             last, laters, first,
-            *_strides(parts.q, parts.k, grad), self.length, self.chunks, self.heads, parts.repeats,
+            *_strides(parts.q, parts.k, grad), self.length, self.chunks, self.heads, parts.repeats, lines, every,
             **self.widths, **tiles, KB=_triton.power_of_2(self.K, 16), CHANNELS=self.by_channel,
         )  # fmt: skip
-        return laters
 
     def gradients(self, parts: _Parts, grad: Tensor, states: Tensor, laters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of q, k, v, log_decay and β."""
@@ -309,9 +313,9 @@ class _Chunks:
             self.v, parts.decay, self.beta, self.start, grad, parts.written, parts.source, parts.solved,
             grad_v, scores, keys, sides, *_strides(self.v, parts.decay, self.beta, grad),
             self.length, self.chunks, self.heads,
-            P=self.P, C=self.C, PRECISION=self.precision, CHANNELS=self.by_channel, **self.tiles(_SQUARES),
+            P=self.P, C=self.C, PRECISION=self.precision, CHANNELS=self.by_channel, **self.tiles(_triton_tiles.SQUARES),
         )  # fmt: skip
-        tiles = self.tiles(_ROWS_BY_CHANNEL if self.by_channel else _ROWS)
+        tiles = self.tiles(_triton_tiles.ROWS_BY_CHANNEL if self.by_channel else _triton_tiles.ROWS)
         columns = _triton.cdiv(self.K, tiles["KB"])
         grad_beta = sides.new_empty(columns, self.batch, self.length, self.heads)
         grad_g = None if self.log_decay is None else torch.empty_like(grad_beta)
