@@ -32,7 +32,7 @@ CHUNK, CHUNK_FLOAT32 = _chunk("chunk", C=64), _chunk("chunk_float32", C=32)
 PREPARE = _tiles("prepare", warps=4, stages=1, KB=64, PB=64)
 PREPARE_BY_CHANNEL = _tiles("prepare_by_channel", warps=4, stages=1, KB=32, PB=64)
 WALK, WALK_BACK = _tiles("walk", warps=4, stages=3, PB=32), _tiles("walk_back", warps=4, stages=3, PB=32)
-COMBINE = _tiles("combine", warps=4, stages=1, KB=32, PB=16)
+COMBINE = _tiles("combine", warps=8, stages=1, KB=64, PB=16)
 OUTPUTS = _tiles("outputs", warps=4, stages=2, KB=64, PB=64)
 SQUARES = _tiles("squares", warps=4, stages=1, PB=64)
 ROWS = _tiles("rows", warps=8, stages=1, KB=64, PB=64)
@@ -45,11 +45,11 @@ def segments(chunks: int, programs: int, room: int) -> int:
 
     A walk waits for one product after another: programs beside it hardly slow it down, as long as there is room for
     all. Segments are walked from zero, from the identity (for the map of their states) and from their true states:
-    three times chunks / segments one after the other. From segment to segment there is about the work of a chunk, and
-    three more kernels start in about the time of eight.
+    three times chunks / segments one after the other. From segment to segment it takes as long as two chunks do, about,
+    and three more kernels start in the time of eight.
     """
-    many = max(1, min(room // max(programs, 1), math.isqrt(3 * chunks)))
-    return many if 3 * _triton.cdiv(chunks, many) + many + 8 < chunks else 1
+    many = max(1, min(room // max(programs, 1), math.isqrt(3 * chunks // 2)))
+    return many if 3 * _triton.cdiv(chunks, many) + 2 * many + 8 < chunks else 1
 
 
 def gpu(x: Tensor) -> tuple[int, int]:

@@ -142,7 +142,7 @@ def combine(
     zero (``ends``) and Φ its map (``maps``); or ``BACK`` from walk to walk the gradient of the state after each, with
     Φᵀ for Φ.
 
-    Where Φ is zero, nothing of S is left, were it no number.
+    Where a row of Φ is zero, nothing of S is left there, were it no number.
     """
     line, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PB + tl.arange(0, PB)
     channel = tl.arange(0, ROWS)
@@ -157,16 +157,16 @@ def combine(
         store(states + at * P, channel, P, K, column, P, state)
         tl.debug_barrier()  # rows of the state are read again, some at a time, by other threads than wrote them
         state = tl.zeros([ROWS, PB], tl.float32)
-        left = 0
+        left = tl.zeros([ROWS], tl.int32)
         for some in range(0, K, KB):
             inner = some + tl.arange(0, KB)
             if BACK:
                 part = tl.trans(load(maps + at * K, inner, K, K, channel, K))
             else:
                 part = load(maps + at * K, channel, K, K, inner, K)
-            left = tl.maximum(left, tl.max(tl.max((part != 0).to(tl.int32), 1), 0))
+            left = tl.maximum(left, tl.max((part != 0).to(tl.int32), 1))
             state += product(part, load(states + at * P, inner, P, K, column, P), "tf32x3")
-        state = tl.where(left == 0, 0.0, state) + load(ends + at * P, channel, P, K, column, P)
+        state = tl.where(left[:, None] == 0, 0.0, state) + load(ends + at * P, channel, P, K, column, P)
 
 
 @triton.jit

@@ -4,6 +4,10 @@ See ``chunked`` for what is computed. The system of a chunk is inverted (T = (I 
 products for each chunk, U = U₀ − W S and S ← through S + K_outᵀ U. Backwards, where X is the gradient of U, Wᵀ X is
 what its state's gradient loses: that walk needs nothing that the walk forward has not.
 
+Where there are too few sequences and heads to fill a GPU, time is cut into segments. The state after one is Φ S + E: E
+comes of a walk from zero, Φ of one from the identity in which nothing is written; the gradient of the state before is
+Φᵀ R and what a walk back from zero ends with. When these are combined, every segment is walked from its true state.
+
 What goes into a product of matrices is in the type of q, k and v, if they have one, and in float32 else; sums, states
 and decays are in float32.
 """
