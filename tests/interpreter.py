@@ -10,7 +10,8 @@ import torch
 
 def mend() -> None:
     """Round to bfloat16's nearest number, where the interpreter cuts off; loop to bounds that are computed, which NumPy
-    2.4 refuses; scan slice by slice, where it goes number by number; let what is no number be one quietly."""
+    2.4 refuses; scan slice by slice, where it goes number by number; put its functions in the place of Triton's once a
+    kernel, not at each call of a helper, which took a third of the time; let what is no number be one quietly."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -26,7 +27,14 @@ def mend() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    patch_all = interpreter._patch_lang
+
+    def patch(function: Any) -> Any:
+        new = tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load)
+        return patch_all(function) if new else interpreter._LangPatchScope()
+
     interpreter._convert_float = convert
+    interpreter._patch_lang = patch
     interpreter._patch_lang_tensor = patched
     interpreter.ScanOps.generic_scan = _scan
     np.seterr(all="ignore")

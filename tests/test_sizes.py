@@ -13,8 +13,6 @@ _KERNEL = "a kernel takes its addresses and sizes one a line, and what it holds 
 REASONS: dict[str, str] = {
     "longstate/ops/convolution/_triton_kernels.py:backward": _KERNEL,
     "longstate/ops/scan/triton.py:_run": _KERNEL,
-    "longstate/ops/selective_scan/_triton_backward.py:_backward": _KERNEL,
-    "longstate/ops/selective_scan/triton.py:_forward": _KERNEL,
 }
 
 

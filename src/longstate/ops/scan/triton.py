@@ -104,31 +104,10 @@ def _carry_on(hr, hi, ends, at, plane, there):
 
 @triton.jit
 def _run(
-    b,
-    a,
-    initial,
-    start,
-    valid,
-    h,
-    final,
-    ends,
-    grad_a,
-    states,
-    first_state,
-    before,
-    b_batch,
-    b_row,
-    a_batch,
-    a_row,
-    length,
-    width,
-    span,
-    BACK: tl.constexpr,
-    FIXED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    b, a, initial, start, valid, h, final, ends, grad_a, states, first_state, before, b_batch, b_row, a_batch, a_row,
+    length, width, span,
+    BACK: tl.constexpr, FIXED: tl.constexpr, PAIRS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Run h_t = a_t h_{t−1} + b_t in one segment of ``span`` steps. Without h: the segment's end from zero, the product
     of its coefficients and whether anything began anew in it.
 

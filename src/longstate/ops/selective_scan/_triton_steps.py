@@ -75,19 +75,9 @@ def sigmoid(x):
 
 
 @triton.jit
-def onwards(s1, a1, b1, w1, s2, a2, b2, w2):
-    """Join two runs of steps h ← a h + b, the second of which begins anew if s2: b is the state after a run, and w what
-    of it comes from before its last step."""
-    before = tl.where(s2 != 0, 0.0, a2 * b1)
-    return s1 | s2, a1 * a2, before + b2, before + w2
-
-
-@triton.jit
-def backwards(s1, a1, c1, v1, b1, s2, a2, c2, v2, b2):
-    """Join two runs of steps λ = q + μ, μ ← a λ, of which the first is later in time: b is λ at the earliest step, v is
-    μ before it, c the product of all a of a run but that of its earliest step."""
-    before = tl.where(s2 != 0, 0.0, a2 * v1)
-    return s1 | s2, a1 * a2, a1 * c2, before + v2, c2 * v1 + b2
+def onwards(s1, a1, b1, s2, a2, b2):
+    """Join two runs of steps h ← a h + b, the second of which begins anew if s2: b is the state after a run."""
+    return s1 | s2, a1 * a2, tl.where(s2 != 0, 0.0, a2 * b1) + b2
 
 
 @triton.jit
@@ -110,7 +100,7 @@ def marks(start, at, there, a):
 
 @triton.jit
 def carry_on(state, ends, decays, segment, stride, at, there):
-    """Return the state [R, N, L] after a segment: its end from zero, and what is left of the state before. A negative
+    """Return the state after a segment: its end from zero, and what is left of the state before. A negative
     decay stands for a start, which not even infinity passes."""
     begin = tl.cast(segment, tl.int64) * stride
     decay = tl.load(decays + begin + at, there, 0.0)
@@ -118,7 +108,7 @@ def carry_on(state, ends, decays, segment, stride, at, there):
 
 
 @triton.jit
-def store_end(state, ends, decays, rate, time, starts, begin, at, there):
-    """Store a segment's end [R, N, L] and its decay e^(A Σ Δ), of the sum of its steps [R, L]."""
+def store_end(state, ends, decays, power, starts, begin, at, there):
+    """Store a segment's end and its decay 2^power, or that there were starts in it."""
     tl.store(ends + begin + at, state, there)
-    tl.store(decays + begin + at, tl.where(starts > 0, -1.0, tl.exp2(rate * time[:, None])), there)
+    tl.store(decays + begin + at, tl.where(starts > 0, -1.0, tl.exp2(power)), there)

@@ -45,45 +45,11 @@ LEAST = 256  # steps of a segment
 
 @triton.jit
 def _forward(
-    u,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    initial,
-    gate,
-    bias,
-    elapsed,
-    start,
-    y,
-    final,
-    kept,
-    ends,
-    decays,
-    u_batch,
-    u_row,
-    dt_batch,
-    dt_row,
-    B_batch,
-    B_row,
-    C_batch,
-    C_row,
-    gate_batch,
-    gate_row,
-    A_row,
-    length,
-    width,
-    states,
-    span,
-    keep,
-    SOFTPLUS: tl.constexpr,
-    LOG_A: tl.constexpr,
-    STEPS: tl.constexpr,
-    N: tl.constexpr,
-    L: tl.constexpr,
+    u, dt, A, B, C, D, initial, gate, bias, elapsed, start, y, final, kept, ends, decays, u_batch, u_row, dt_batch,
+    dt_row, B_batch, B_row, C_batch, C_row, gate_batch, gate_row, A_row, length, width, states, span, keep,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Run h_t = e^(Δ_t A) ∘ h_{t−1} + B_t Δ_t u_t, y_t = (C_tᵀ h_t + D ∘ u_t) ∘ SiLU(gate_t) in one segment of ``span``
     steps. Without y, the segment's end from a zero state and its decay."""
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -123,7 +89,7 @@ def _forward(
         x = pin(step * u_t)[:, :, None] * pin(B_t)[None, :, :, None]
         s = marks(start, batch * length + first + row, now, a)
         x = tl.where((row[None, :, None, None] == 0) & (s == 0), a * h[:, None] + x, x)
-        _, _, h_t, _ = tl.associative_scan((s, a, x, x), 1, onwards)
+        _, _, h_t = tl.associative_scan((s, a, x), 1, onwards)
         h = pick(h_t, STEPS - 1, STEPS)
         if y is None:
             time += tl.sum(step, 1)
@@ -140,7 +106,9 @@ def _forward(
             place = (batch * length + first) * width + row[None, :, None] * width + column
             tl.store(y + place, out.to(y.dtype.element_ty), mask)
     if y is None:
-        store_end(h, ends, decays, rate, time, starts, (segment * tl.num_programs(1) + batch) * sizes, at, there)
+        store_end(
+            h, ends, decays, rate * time[:, None], starts, (segment * tl.num_programs(1) + batch) * sizes, at, there
+        )
     else:
         if segment == tl.num_programs(2) - 1:
             tl.store(final + batch * sizes + at, h, there)
