@@ -105,6 +105,26 @@ def test_pieces_equal_the_whole_bit_by_bit() -> None:
     assert torch.equal(torch.cat(outputs, 1), whole) and torch.equal(state, final)
 
 
+@pytest.mark.parametrize("dtype", _triton.TYPES, ids=str)
+@pytest.mark.parametrize("marks", ["", "start valid"])
+def test_a_single_step_may_leave_its_window_where_the_last_one_was(dtype: torch.dtype, marks: str) -> None:
+    """The same numbers, in several programs of each sequence; and not of several steps, or in another type."""
+    given = {name: x.to(dtype) for name, x in arguments(3, 1, 18, 4).items()}
+    options: dict[str, torch.Tensor] = {}
+    if marks:
+        options = {"start": torch.tensor([[True], [False], [True]]), "valid": torch.tensor([[True], [False], [False]])}
+    wanted = ops.convolution.short(**given, **options, backend="triton")
+    assert wanted[1].data_ptr() != given["initial"].data_ptr()
+    window = given["initial"].clone()
+    with _triton.in_place():
+        y, final = ops.convolution.short(**given | {"initial": window}, **options, backend="triton")
+        assert final.data_ptr() == window.data_ptr()
+        assert torch.equal(y, wanted[0]) and torch.equal(final, wanted[1])
+        longer = given | {"u": given["u"].expand(3, 2, 18)}
+        _, final = ops.convolution.short(**longer, backend="triton")
+        assert final.data_ptr() != given["initial"].data_ptr()
+
+
 def test_what_is_no_number_reaches_only_who_sees_it() -> None:
     given = arguments(1, 20, 3, 4)
     given["u"][0, 6, 2] = float("nan")

@@ -143,6 +143,26 @@ def test_nothing_passes_a_start_or_comes_from_a_step_that_does_not_count(kind: s
 
 
 @interpreted
+@pytest.mark.parametrize("kind", ["fixed", "step complex"])
+def test_a_single_step_may_leave_its_state_where_the_last_one_was(kind: str) -> None:
+    """The same numbers, in several programs, with a start and with a step that does not count; and only then: a lazy
+    conjugate is not what lies in its memory."""
+    given = arguments(kind, 3, 1, 19)
+    options = {"start": torch.tensor([[True], [False], [False]]), "valid": torch.tensor([[True], [False], [True]])}
+    a, b, state = (given[name] for name in ("a", "b", "initial"))
+    h, wanted = ops.scan(a, b, state, **options, backend="triton")
+    assert wanted.data_ptr() != state.data_ptr()
+    for kept in (state.clone(), state.conj().clone().conj()):
+        with _triton.in_place():
+            found, final = ops.scan(a, b, kept, **options, backend="triton")
+        assert torch.equal(found, h) and torch.equal(final, wanted)
+        assert (final.data_ptr() == kept.data_ptr()) == (not kept.is_conj())
+    with _triton.in_place():
+        _, final = ops.scan(a.expand(3, 2, 19), b.expand(3, 2, 19), state, backend="triton")
+    assert final.data_ptr() != state.data_ptr()
+
+
+@interpreted
 def test_long_sums_keep_their_digits() -> None:
     """The gradient of a fixed a over equal steps: what a tile's sum loses in being added is added to the next."""
     length = 2000

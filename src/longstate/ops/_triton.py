@@ -135,12 +135,15 @@ def captured(x: Tensor) -> bool:
     return _in_place and not reason and (x.is_cuda or interpreted)
 
 
-def final_state(initial: Tensor | None, shape: Sequence[int], like: Tensor, single: bool) -> Tensor:
-    """Return memory for a final state in float32: that of the initial one for a ``single`` step ``in_place``, whose
-    kernel must read all that a program writes before it writes."""
-    if _in_place and single and initial is not None and initial.dtype == torch.float32 and initial.is_contiguous():
-        return initial
-    return like.new_empty(shape, dtype=torch.float32)
+def final_state(
+    initial: Tensor | None, shape: Sequence[int], like: Tensor, single: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return memory for a final state: that of the initial one for a ``single`` step ``in_place``, whose kernel must
+    read all that a program writes, and no other program reads, before it writes."""
+    if _in_place and single and initial is not None and initial.dtype == dtype and initial.is_contiguous():
+        if not initial.is_conj():
+            return initial
+    return like.new_empty(shape, dtype=dtype)
 
 
 @functools.cache

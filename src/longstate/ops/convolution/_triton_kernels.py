@@ -136,6 +136,7 @@ def forward(
     if (first <= count) & (count < first + TIME):  # what the next step would see
         final += b * (K - 1) * D
         window = _window(u, initial, start, order, count, count, T, u_step, initial_step, c, inside, K)
+        tl.debug_barrier()  # of a single step, ``final`` may be ``initial``: all of it must have been read
         for j in tl.static_range(K - 1):
             tl.store(final + j * D + c, window[j].to(final.dtype.element_ty), mask=inside)
 

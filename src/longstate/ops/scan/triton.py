@@ -210,7 +210,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Return what ``chunked.scan`` returns; of real numbers, a and b may be bfloat16 or float16."""
     h = b.new_empty(b.shape)
-    final = b.new_empty((b.shape[0], *b.shape[2:]), dtype=torch.complex64 if b.is_complex() else torch.float32)
+    dtype = torch.complex64 if b.is_complex() else torch.float32
+    final = _triton.final_state(initial, (b.shape[0], *b.shape[2:]), b, b.shape[1] == 1, dtype)
     _launch(a, b, a.ndim < b.ndim, initial, start, valid, h, final)
     return h, final
 
