@@ -11,7 +11,6 @@ FILE_LINES, FUNCTION_LINES = 400, 80
 # "longstate/…/file.py" or "longstate/…/file.py:function": the reason, such as a reader would accept.
 _KERNEL = "a kernel takes its addresses and sizes one a line, and what it holds cannot be handed around in parts"
 REASONS: dict[str, str] = {
-    "longstate/ops/convolution/_triton_kernels.py:backward": _KERNEL,
     "longstate/ops/scan/triton.py:_run": _KERNEL,
 }
 

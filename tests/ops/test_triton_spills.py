@@ -56,6 +56,8 @@ CASES = {
     "norm, float32": lambda: rms_norm(torch.float32),
     "token": lambda: token(1),
     "token of 8 sequences": lambda: token(8),
+    "wide norm": lambda: rms_norm(width=16384),
+    "wide norm, float32": lambda: rms_norm(torch.float32, width=8192),
     "vandermonde": vandermonde,
     "vandermonde, 32 states": lambda: vandermonde(32),
 }

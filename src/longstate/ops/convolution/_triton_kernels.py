@@ -10,18 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp2(-1.4426950408889634 * tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
-
-
-@triton.jit
-def _slope_of_silu(x):
-    """Return σ (1 + x (1 − σ)); beyond 104, where σ is 0 or 1, without a product of infinity and 0."""
-    s = _sigmoid(x)
-    return s * (1 + tl.minimum(tl.maximum(x, -104.0), 104.0) * _sigmoid(-x))
+from .._triton_parts import sigmoid, slope_of_silu
 
 
 @triton.jit
@@ -83,6 +72,15 @@ def _moved(window, x):
 
 
 @triton.jit
+def _zeros(count: tl.constexpr, WIDTH: tl.constexpr):
+    """Return so many rows of zeros."""
+    rows = ()
+    for _ in tl.static_range(count):
+        rows = rows + (tl.zeros([WIDTH], tl.float32),)
+    return rows
+
+
+@triton.jit
 def _taps(weight, bias, weight_row, c, inside, K: tl.constexpr):
     taps = ()
     for i in tl.static_range(K):
@@ -129,7 +127,7 @@ def forward(
             result = _convolve(taps, offset, window, x, K)
             window = _moved(window, x)
             if SILU:
-                result *= _sigmoid(result)
+                result *= sigmoid(result)
             if order is not None:
                 result = tl.where(at < count, result, 0.0)
             tl.store(y + _row(order, at, T) * D + c, result.to(y.dtype.element_ty), mask=inside & (at < T))
@@ -173,12 +171,8 @@ def backward(
             since = tl.where(_begins(start, count - (K - 2) + i, T), count - (K - 2) + i, since)
     taps, offset = _taps(weight, bias, weight_row, c, inside, K)
     window = _window(u, initial, start, order, first, count, T, u_step, initial_step, c, inside, K)
-    sums, pending = (), ()  # gradients: of the taps, and of the inputs in the window, as far as they are known
-    for _ in tl.static_range(K):
-        sums = sums + (tl.zeros([WIDTH], tl.float32),)
-    for _ in tl.static_range(K - 1):
-        pending = pending + (tl.zeros([WIDTH], tl.float32),)
-    sum_of_all = tl.zeros([WIDTH], tl.float32)
+    # Gradients: of the taps, and of the inputs in the window, as far as they are known.
+    sums, pending, sum_of_all = _zeros(K, WIDTH), _zeros(K - 1, WIDTH), tl.zeros([WIDTH], tl.float32)
     seen = first * 0 + (K - 1)  # how many inputs before a step it sees
     for i in range(0, (TIME + K - 1 + STEPS - 1) // STEPS * STEPS, STEPS):
         inputs, grads = (), ()
@@ -195,7 +189,7 @@ def backward(
                 seen = tl.where(begins, 0, seen)
             x, d = inputs[s].to(tl.float32), grads[s].to(tl.float32)
             if SILU:
-                d *= _slope_of_silu(_convolve(taps, offset, window, x, K))
+                d *= slope_of_silu(_convolve(taps, offset, window, x, K))
                 d = tl.where(at < count, d, 0.0)  # whatever the window holds
             own = tl.where(i + s < TIME, d, 0.0)
             added, terms = (), ()

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 """The norm on GPUs, with its weight and gate: each row is read once each way.
 
 Backwards, a program goes through many rows and adds up the gradient of the weight as it does; statistics are computed
@@ -16,8 +16,10 @@ import triton.language as tl
 
 from ..._shapes import Tensor
 from .. import _triton
+from .._triton_parts import sigmoid, slope_of_silu
 
-# ELEMENTS is what a program holds at once: one row of one group, or several where they are narrow.
+# ELEMENTS is what a program holds at once: one row of one group, or several where they are narrow. Backwards it reads
+# rows wider than COLUMNS in parts.
 FORWARD = _triton.Tiles(
     "rms_norm",
     default=dict(ELEMENTS=2048, num_warps=4),
@@ -26,16 +28,10 @@ FORWARD = _triton.Tiles(
 )
 BACKWARD = _triton.Tiles(
     "rms_norm_backward",
-    default=dict(ELEMENTS=2048, PROGRAMS=528, num_warps=4),
-    interpreter=dict(ELEMENTS=64, PROGRAMS=3),
+    default=dict(ELEMENTS=2048, COLUMNS=4096, PROGRAMS=528, num_warps=4),
+    interpreter=dict(ELEMENTS=64, COLUMNS=32, PROGRAMS=3),
     space=dict(ELEMENTS=[1024, 2048, 4096], PROGRAMS=[264, 528, 1056], num_warps=[4, 8]),
 )
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp2(-1.4426950408889634 * tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
 @triton.jit
@@ -59,7 +55,7 @@ def _forward(
     factor = tl.full([ROWS, WIDTH], 1.0, tl.float32)
     if gate is not None:
         g = tl.load(gate + _at(row, length, gate_batch, gate_step) + c, mask=inside, other=0.0).to(tl.float32)
-        factor = g * _sigmoid(g)
+        factor = g * sigmoid(g)
         if GATE_FIRST:
             z *= factor
     result = z * tl.rsqrt(tl.sum(z * z, 1) / SIZE + eps)[:, None]
@@ -75,52 +71,85 @@ def _forward(
 
 
 @triton.jit
+def _read(x, grad, weight, gate, offset, c, known, inside, GATE_FIRST: tl.constexpr):
+    """Return what is normed, the gradient of what was (before the weight), x, the gate and the weight."""
+    given = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+    z, g, w = given, given, 1.0
+    if weight is not None:
+        w = offset + tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+    if gate is not None:
+        g = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+        if GATE_FIRST:
+            z = given * g * sigmoid(g)
+        else:
+            d *= g * sigmoid(g)
+    return z, d, given, g, w
+
+
+@triton.jit
 def _backward(
     grad, x, weight, gate, grad_x, grad_gate, partial, rows, length, programs, eps, offset, x_batch, x_step, gate_batch,
     gate_step, grad_batch, grad_step,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATE_FIRST: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
 ):  # fmt: skip
+    """Of n = z r, r = (mean z² + eps)^(−1/2), and d its gradient, that of z is r (d − n mean(d n)).
+
+    Rows are gone through in PARTS of their columns, so that registers suffice: once for the two sums, and once more.
+    """
     program = tl.program_id(0) // GROUPS
     column = tl.arange(0, WIDTH)[None, :]
     c = tl.program_id(0) % GROUPS * SIZE + column
-    w = tl.full([1, WIDTH], 1.0, tl.float32)
-    if weight is not None:
-        w = offset + tl.load(weight + c, mask=column < SIZE, other=0.0).to(tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    sums = ()
+    for _part in tl.static_range(PARTS):
+        sums = sums + (tl.zeros([ROWS, WIDTH], tl.float32),)
     first = program * ROWS
     while first < rows:
         row = first + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < SIZE)
-        to = (row.to(tl.int64) * (GROUPS * SIZE))[:, None] + c
-        given = tl.load(x + _at(row, length, x_batch, x_step) + c, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(grad + _at(row, length, grad_batch, grad_step) + c, mask=inside, other=0.0).to(tl.float32)
-        z = given
-        if gate is not None:
-            g = tl.load(gate + _at(row, length, gate_batch, gate_step) + c, mask=inside, other=0.0).to(tl.float32)
-            s = _sigmoid(g)
-            factor = g * s
-            slope = s * (1 + tl.minimum(tl.maximum(g, -104.0), 104.0) * _sigmoid(-g))
-            if GATE_FIRST:
-                z = given * factor
-            else:
-                slope *= d * w
-                d *= factor
-        # Of n = z r, r = (mean z² + eps)^(−1/2), and d its gradient, that of z is r (d − n mean(d n)).
-        r = tl.rsqrt(tl.sum(z * z, 1) / SIZE + eps)[:, None]
-        n = z * r
-        sums += d * n
-        d *= w
-        into = r * (d - n * (tl.sum(d * n, 1) / SIZE)[:, None])
-        if gate is not None:
-            through = slope * (given * into if GATE_FIRST else n)
-            tl.store(grad_gate + to, through.to(grad_gate.dtype.element_ty), mask=inside)
-            if GATE_FIRST:
-                into *= factor
-        tl.store(grad_x + to, into.to(grad_x.dtype.element_ty), mask=inside)
+        there, to = (row < rows)[:, None], (row.to(tl.int64) * (GROUPS * SIZE))[:, None] + c
+        from_x, from_grad = (
+            x + _at(row, length, x_batch, x_step) + c,
+            grad + _at(row, length, grad_batch, grad_step) + c,
+        )
+        from_gate = from_x if gate is None else gate + _at(row, length, gate_batch, gate_step) + c
+        squares, products = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+        for i in tl.static_range(PARTS):
+            known, at = column + i * WIDTH < SIZE, i * WIDTH
+            z, d, _, _, w = _read(
+                from_x + at, from_grad + at, weight, None if gate is None else from_gate + at, offset, c + at, known,
+                there & known, GATE_FIRST,
+            )  # fmt: skip
+            squares += z * z
+            products += d * w * z
+        r = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)[:, None]
+        mean = tl.sum(products, 1)[:, None] * r / SIZE
+        added = ()
+        for i in tl.static_range(PARTS):
+            known, at = column + i * WIDTH < SIZE, i * WIDTH
+            inside = there & known
+            z, d, given, g, w = _read(
+                from_x + at, from_grad + at, weight, None if gate is None else from_gate + at, offset, c + at, known,
+                inside, GATE_FIRST,
+            )  # fmt: skip
+            n = z * r
+            added = added + (sums[i] + d * n,)
+            into = r * (d * w - n * mean)
+            if gate is not None:
+                if GATE_FIRST:
+                    through = given * into
+                    into *= g * sigmoid(g)
+                else:
+                    through = tl.load(from_grad + at, mask=inside, other=0.0).to(tl.float32) * w * n
+                through *= slope_of_silu(g)
+                tl.store(grad_gate + to + at, through.to(grad_gate.dtype.element_ty), mask=inside)
+            tl.store(grad_x + to + at, into.to(grad_x.dtype.element_ty), mask=inside)
+        sums = added
         first += programs * ROWS
     if weight is not None:
-        at = partial + program.to(tl.int64) * (GROUPS * SIZE) + c
-        tl.store(at, tl.sum(sums, 0)[None, :], mask=column < SIZE)
+        to_sums = partial + program.to(tl.int64) * (GROUPS * SIZE) + c
+        for i in tl.static_range(PARTS):
+            tl.store(to_sums + i * WIDTH, tl.sum(sums[i], 0)[None, :], mask=column + i * WIDTH < SIZE)
 
 
 def rms_norm(
@@ -162,6 +191,8 @@ def rms_norm_backward(
     grad, x, gate = _in_rows(grad), _in_rows(x), None if gate is None else _in_rows(gate)
     weight = None if weight is None else weight.contiguous()
     rows, options = _options(BACKWARD, x, groups, 512)
+    options["PARTS"] = _triton.cdiv(options["WIDTH"], options.pop("COLUMNS"))
+    options["WIDTH"] //= options["PARTS"]
     programs = min(_triton.cdiv(options.pop("PROGRAMS"), groups), _triton.cdiv(rows, options["ROWS"]))
     partial = None if weight is None else x.new_empty(programs, x.shape[2], dtype=torch.float32)
     numbers = [rows, x.shape[1], programs, float(eps), float(offset), *x.stride()[:2], *_strides(gate)]
