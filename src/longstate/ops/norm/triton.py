@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
-"""The norm on GPUs, with its weight and gate: each row is read once each way.
+"""The norm on GPUs, with its weight and gate: each row is read once each way, or twice backwards where it is wide.
 
 Backwards, a program goes through many rows and adds up the gradient of the weight as it does; statistics are computed
 again.

@@ -103,6 +103,43 @@ def _carry_on(hr, hi, ends, at, plane, there):
 
 
 @triton.jit
+def _before(initial, ends, hr, hi, batch, segment, plane, width, c, known, PAIRS: tl.constexpr):
+    """Return the state before a segment, from the initial one (or zero, given) and the ends of those before."""
+    if initial is not None:
+        hr, hi = _read(initial, batch * width + c, known, PAIRS)
+    if ends is not None:
+        for j in range(segment):
+            end = (tl.cast(j, tl.int64) * tl.num_programs(1) + batch) * width + c
+            hr, hi = _carry_on(hr, hi, ends, end, plane, known)
+    return hr, hi
+
+
+@triton.jit
+def _past(states, first_state, before, batch, length, width, t, t_0, c, inside, counts, PAIRS: tl.constexpr):
+    """Return the states h_{t−1} that go into steps t, from ``t_0`` on, of those that count."""
+    size = tl.cast(width, tl.int64)
+    last = t - 1
+    if before is not None:
+        last = tl.load(before + batch * length + t, inside, 0).to(tl.int32)
+    there = _places((last - t_0).to(tl.int64) * width, c)
+    xr, xi = _read(states + (batch * length + t_0) * size, there, counts & (last >= 0)[:, None], PAIRS)
+    if first_state is not None:
+        yr, yi = _read(first_state + batch * size, _places(t * 0, c), counts & (last < 0)[:, None], PAIRS)
+        xr, xi = xr + yr, xi + yi
+    return xr, xi
+
+
+@triton.jit
+def _store_end(ends, plane, hr, hi, pr, pi, anew, known):
+    """Store what ``_carry_on`` reads."""
+    tl.store(ends, hr, known)
+    tl.store(ends + plane, hi, known)
+    tl.store(ends + 2 * plane, pr, known)
+    tl.store(ends + 3 * plane, pi, known)
+    tl.store(ends + 4 * plane, tl.zeros_like(hr) + anew, known)
+
+
+@triton.jit
 def _run(
     b, a, initial, start, valid, h, final, ends, grad_a, states, first_state, before, b_batch, b_row, a_batch, a_row,
     length, width, span,
@@ -117,20 +154,12 @@ def _run(
     """
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    known = c < width
-    size = tl.cast(width, tl.int64)
+    known, size = c < width, tl.cast(width, tl.int64)
     plane = tl.num_programs(2) * tl.num_programs(1) * size
     hr, hi = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    pr, pi = tl.full([WIDTH], 1.0, tl.float32), tl.zeros([WIDTH], tl.float32)
-    sum_r, sum_i, lost_r, lost_i = hr, hi, hr, hi
-    anew = 0
+    pr, pi, sum_r, sum_i, lost_r, lost_i, anew = hr + 1, hi, hr, hi, hr, hi, 0
     if h is not None:
-        if initial is not None:
-            hr, hi = _read(initial, batch * size + c, known, PAIRS)
-        if ends is not None:
-            for j in range(segment):
-                end = (tl.cast(j, tl.int64) * tl.num_programs(1) + batch) * width + c
-                hr, hi = _carry_on(hr, hi, ends, end, plane, known)
+        hr, hi = _before(initial, ends, hr, hi, batch, segment, plane, width, c, known, PAIRS)
     row = tl.arange(0, STEPS)
     way = -row if BACK else row
     count = length + (1 if BACK else 0)
@@ -172,17 +201,9 @@ def _run(
             at, rows = _places(way * width, c), (batch * length + t_0) * size
             _write(h + rows, at, out_r, out_i, there, PAIRS)
             if BACK:
-                last = t - 1
-                if before is not None:
-                    last = tl.load(before + batch * length + t, inside, 0).to(tl.int32)
                 if start is not None:
                     counts &= (tl.load(start + batch * length + t, inside, 0) == 0)[:, None]
-                past = states + batch * length * size + t_0 * size
-                from_there = _places((last - t_0).to(tl.int64) * width, c)
-                xr, xi = _read(past, from_there, counts & (last >= 0)[:, None], PAIRS)
-                if first_state is not None:
-                    yr, yi = _read(first_state + batch * size, _places(row * 0, c), counts & (last < 0)[:, None], PAIRS)
-                    xr, xi = xr + yr, xi + yi
+                xr, xi = _past(states, first_state, before, batch, length, width, t, t_0, c, inside, counts, PAIRS)
                 gr, gi = (br * xr + bi * xi, bi * xr - br * xi) if PAIRS else (br * xr, bi)
                 gr, gi = tl.where(counts, gr, 0.0), tl.where(counts, gi, 0.0)
                 if FIXED:  # what is lost in adding a tile's sum is added to the next
@@ -193,11 +214,7 @@ def _run(
                     _write(grad_a + rows, at, gr, gi, there, PAIRS)
     part = (tl.cast(segment, tl.int64) * tl.num_programs(1) + batch) * width
     if h is None:
-        tl.store(ends + part + c, hr, known)
-        tl.store(ends + plane + part + c, hi, known)
-        tl.store(ends + 2 * plane + part + c, pr, known)
-        tl.store(ends + 3 * plane + part + c, pi, known)
-        tl.store(ends + 4 * plane + part + c, tl.zeros([WIDTH], tl.float32) + anew, known)
+        _store_end(ends + part + c, plane, hr, hi, pr, pi, anew, known)
     else:
         if FIXED and BACK:
             _write(grad_a, part + c, sum_r, sum_i, known, PAIRS)
