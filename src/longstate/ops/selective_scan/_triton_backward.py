@@ -360,7 +360,7 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, ...
     use = TILES(u, batch=batch, length=length, width=width, states=N)
     M = min(N, use["across"], LANES)
     S, L = N // M, LANES // M
-    R = max(1, min(use["numbers"] // S, 16 // L))  # what is held of channels only is more where states are few
+    R = max(1, min(use["numbers"] // S, 8 // L))  # what is held of channels only is more where states are few
     T = min(keep, use["steps"], max(1, use["steps"] * use["numbers"] // (R * S)))
     tile = (T, R, S, use["warps"], M, L)
     pieces = _triton.cdiv(width, R * use["warps"] * L)
