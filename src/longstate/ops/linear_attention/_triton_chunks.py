@@ -120,24 +120,37 @@ def chunk_factors(high, low, document, first, height, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def chunk_weights(weights, high, low, document, height, CHUNK: tl.constexpr):
-    """Return ``[t s]`` times e^{G_t − G_s}, for s ≤ t of one document and 0 elsewhere."""
+def chunk_weights(weights, high, low, document, height, CHUNK: tl.constexpr, REVERSE: tl.constexpr = False):
+    """Return ``[t s]`` (in ``REVERSE`` ``[s t]``) times e^{G_t − G_s}, for s ≤ t of one document and 0 elsewhere."""
     rows = tl.arange(0, CHUNK)
-    t, s = rows[:, None], rows[None, :]
+    t, s = rows[None, :] if REVERSE else rows[:, None], rows[:, None] if REVERSE else rows[None, :]
     pairs = t >= s
     if document is not None:
-        inside = rows < height
-        here = tl.load(document + t, mask=inside[:, None], other=0)
-        pairs = pairs & (here == tl.load(document + s, mask=inside[None, :], other=0))
+        here = tl.load(document + t, mask=t < height, other=0)
+        pairs = pairs & (here == tl.load(document + s, mask=s < height, other=0))
     if high is not None:
         weights = weights * tl.exp2(sum_between(high, low, t, s))
     return tl.where(pairs, weights, 0.0)
 
 
 @triton.jit
+def first_steps(document, first, rows, height):
+    """Return which steps of a chunk are the first of a document: what was before does not change with their decays."""
+    here = tl.load(document + rows, mask=rows < height, other=0)
+    return here != tl.load(document + rows - 1, mask=(rows < height) & (first + rows > 0), other=0)
+
+
+@triton.jit
 def decayed(x, factor):
     """Return x times a factor, 0 where that is 0: a start forgets what is no number."""
     return tl.where(factor > 0.0, x * factor, 0.0)
+
+
+@triton.jit
+def moved(state, x, z, factor, kept, PRECISION: tl.constexpr):
+    """Return a state moved over a chunk, in float32: what is kept of it, and Σ_t x_t (factor_t z_t)ᵀ."""
+    written = operand(z.to(tl.float32) * factor[:, None], z)
+    return product(tl.trans(x), written, PRECISION, decayed(state.to(tl.float32), kept))
 
 
 @triton.jit

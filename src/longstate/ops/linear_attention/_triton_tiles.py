@@ -25,8 +25,8 @@ WALK = {
     True: _tiles("walk", True, CHUNK=16, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
 }
 BY_HEAD = {
-    False: _tiles("by_head", False, CHUNK=64, KEYS=64, VALUES=64, PROGRAMS=264, num_warps=4, num_stages=1),
-    True: _tiles("by_head", True, CHUNK=16, KEYS=64, VALUES=16, PROGRAMS=264, num_warps=8, num_stages=1),
+    False: _tiles("by_head", False, CHUNK=64, VALUES=32, PROGRAMS=256, num_warps=4, num_stages=1),
+    True: _tiles("by_head", True, CHUNK=16, VALUES=16, PROGRAMS=256, num_warps=8, num_stages=1),
 }
 BY_CHANNEL = {
     False: _tiles("by_channel", False, CHUNK=64, KEYS=64, VALUES=64, num_warps=8, num_stages=1),

@@ -50,7 +50,8 @@ def walk(
         initial: States before segments ``[i b h k p]``; zero when absent.
         y: Outputs; none are computed when absent.
         final: The state after the last segment, or the states after all of them if ``left`` is wanted.
-        kept: States before every ``BETWEEN`` chunks ``[j b h k p]``, the last of them after all.
+        kept: States before every ``BETWEEN`` chunks ``[j b h k p]``, the last of them after all; backwards, which
+            these are after in time, and none after all.
         left: What is left of a state after each segment ``[i b h k]``.
         SHARED: Heads that share a group; ``SEGMENT``: chunks of a segment.
     """
@@ -71,7 +72,7 @@ def walk(
         i = begin + (many - 1 - n if REVERSE else n)
         first, height = i.to(tl.int64) * CHUNK, T - i * CHUNK
         if kept is not None:
-            if i % BETWEEN == 0:
+            if (i % BETWEEN == BETWEEN - 1) | (i == chunks - 1) if REVERSE else i % BETWEEN == 0:
                 store_tile(kept + ((i // BETWEEN) * pairs + pair) * K * P, keys, values, P, K, P, state)
         v_here = tile(v + first * v_step, rows, values, v_step, height, P)
         k_here = tile(k + first * k_step, rows, keys, k_step, height, K)

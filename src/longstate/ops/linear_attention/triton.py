@@ -98,11 +98,12 @@ def linear_attention_backward(
     given, grad = _Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
     chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
     prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
-    states, later = (v.new_empty((chunks, *given.state), dtype=given.operands()) for _ in range(2))
+    between = 1 if given.by_channel else 2
+    states, later = (v.new_empty((cdiv(chunks, between), *given.state), dtype=given.operands()) for _ in range(2))
     grad_initial = v.new_empty(given.state, dtype=torch.float32)
     walk = _Walk(given, chunk, prepared)
-    walk.again(kept.contiguous(), states, keep)
-    walk.backward(grad, native.side_by_side(grad_final), grad_initial, later)
+    walk.again(kept.contiguous(), states, keep, between)
+    walk.backward(grad, native.side_by_side(grad_final), grad_initial, later, between)
     grad_v, grad_dt = v.new_empty(v.shape), None if dt is None else dt.new_empty(dt.shape)
     heads, values = v.shape[2:]
     grad_D = None if D is None else v.new_empty((v.shape[0], chunks, heads, values), dtype=torch.float32)
@@ -156,10 +157,10 @@ class _Given:
         return torch.bfloat16 if self.narrow else torch.float32
 
     def chunk(self, tiles: dict[bool, Tiles], keep: int) -> int:
-        """Return the number of steps of a chunk, less where keys are wide; those between kept states hold whole
-        chunks."""
+        """Return the number of steps of a chunk, less where keys are wide; those between kept states hold whole pairs
+        of chunks."""
         steps = tiles[self.exact](self.v, keys=self.keys, values=self.values)["CHUNK"]
-        return min(steps, max(16, 64 * 128 // power_of_2(self.keys)), keep or steps)
+        return min(steps, max(16, 64 * 128 // power_of_2(self.keys)), keep // 2 or steps)
 
     def strides(self, *names: str) -> tuple[int, ...]:
         """Return the distances of sequences, steps and heads of arguments; zeros for those that are absent."""
@@ -252,14 +253,16 @@ class _Walk:
         segment, initial = self._segments(initial, between, self.given.v, self.given.dt, False)
         self._launch(self.given.v, self.given.dt, initial, segment, False, y, final, kept, between)
 
-    def again(self, kept: Tensor, states: Tensor, keep: int) -> None:
-        """Write the states before all chunks, tile by tile of ``keep`` steps."""
-        self._launch(self.given.v, self.given.dt, kept, keep // self.chunk, False, None, None, states)
+    def again(self, kept: Tensor, states: Tensor, keep: int, between: int) -> None:
+        """Write the states before every ``between`` chunks, tile by tile of ``keep`` steps."""
+        self._launch(self.given.v, self.given.dt, kept, keep // self.chunk, False, None, None, states, between)
 
-    def backward(self, grad: Tensor, grad_final: Tensor | None, grad_initial: Tensor, later: Tensor) -> None:
-        """Write the adjoints of the states after all chunks and of the first."""
+    def backward(
+        self, grad: Tensor, grad_final: Tensor | None, grad_initial: Tensor, later: Tensor, between: int
+    ) -> None:
+        """Write the adjoints of the states after every ``between`` chunks and of the first."""
         segment, after = self._segments(grad_final, 1, grad, None, True)
-        self._launch(grad, None, after, segment, True, None, grad_initial, later)
+        self._launch(grad, None, after, segment, True, None, grad_initial, later, between)
 
     def _segments(
         self, initial: Tensor | None, multiple: int, v: Tensor, dt: Tensor | None, reverse: bool
@@ -331,35 +334,27 @@ def _by_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and log_decay, and write the others."""
     chunks, use = cdiv(given.length, chunk), BY_HEAD[given.exact](given.v, keys=given.keys, values=given.values)
-    options = dict(
-        CHUNK=chunk, VALUES=min(use["VALUES"], power_of_2(given.values, 16)), PRECISION=given.precision,
-        num_warps=use["num_warps"], num_stages=use["num_stages"],
-    )  # fmt: skip
     grad_g = None
     if given.g is not None:
-        shape = (given.batch, chunks if given.fixed else given.length, given.heads)
-        grad_g = given.g.new_empty(shape, dtype=torch.float32 if given.fixed else given.g.dtype)
-    width, strides = power_of_2(given.keys, 16), (*grad.stride()[:3], *given.strides("q", "k", "v", "dt"))
-    _triton.launch(
-        _triton_by_head.value_gradients, (given.batch * given.heads, chunks),
-        grad, given.q, given.k, given.v, *sums, given.dt, given.D, given.document, states, later,
-        grad_v, grad_g, grad_dt, grad_D, *strides, *given.skips(),
-        given.length, given.heads, given.shared, given.keys, given.values, FIXED=given.fixed, KEYS=width, **options,
-    )  # fmt: skip
-    keys = min(use["KEYS"], width)
-    programs = given.batch * given.groups * chunks * cdiv(given.keys, keys)
+        shape = (2, given.batch, chunks if given.fixed else given.length, given.heads)
+        grad_g = given.v.new_empty(shape, dtype=torch.float32)
+    programs = 2 * given.batch * given.groups * chunks
     # Into how many pieces the heads of a group are cut, where groups and chunks are few: their sums are added up after.
     divisors = (n for n in range(1, given.shared + 1) if given.shared % n == 0)
     pieces = next((n for n in divisors if n * programs >= use["PROGRAMS"]), given.shared)
     parts = (pieces, given.batch, given.length, given.groups, given.keys)
     grad_q, grad_k = (x.new_empty(parts, dtype=x.dtype if pieces == 1 else torch.float32) for x in (given.q, given.k))
     _triton.launch(
-        _triton_by_head.key_gradients, (given.batch * given.groups * pieces * cdiv(given.keys, keys), chunks),
-        grad, given.q, given.k, given.v, *sums, given.dt, given.document, states, later, grad_q, grad_k, *strides,
-        given.length, given.heads, given.groups, given.keys, given.values, pieces, KEYS=keys, **options,
+        _triton_by_head.gradients, (2 * given.batch * given.groups * pieces, chunks),
+        grad, given.v, given.q, given.k, *sums, given.dt, given.D, given.document, states, later,
+        grad_q, grad_k, grad_v, grad_g, grad_dt, grad_D,
+        *grad.stride()[:3], *given.strides("v", "q", "k", "dt"), *given.skips(),
+        given.length, given.heads, given.groups, given.keys, given.values, pieces, FIXED=given.fixed,
+        CHUNK=chunk, KEYS=power_of_2(given.keys, 16), VALUES=min(use["VALUES"], power_of_2(given.values, 16)),
+        PRECISION=given.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
     )  # fmt: skip
-    if given.g is not None and grad_g is not None and given.fixed:
-        grad_g = grad_g.sum((0, 1)).to(given.g.dtype)
+    if given.g is not None and grad_g is not None:
+        grad_g = grad_g.sum((0, 1, 2) if given.fixed else 0).to(given.g.dtype)
     return _summed(grad_q, 0, given.q), _summed(grad_k, 0, given.k), grad_g
 
 
