@@ -147,7 +147,7 @@ def test_the_kernel_is_one_node(kind: str) -> None:
     start = torch.rand(2, 5) < 0.3
     ordered = [given.get(name) for name in ("q", "k", "v", "log_decay", "initial", "beta")]
     torch.library.opcheck(
-        torch.ops.longstate.written_linear_attention.default, (*ordered, None, start, True, cpu.TILE, "cpu")
+        torch.ops.longstate.written_linear_attention.default, (*ordered, None, start, True, cpu.TILE, False, "cpu")
     )
 
     def function(**tensors: Any) -> Any:

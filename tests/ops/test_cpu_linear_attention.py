@@ -208,8 +208,8 @@ def test_a_start_forgets_what_is_no_number(instructions: str) -> None:
 def test_states_kept_for_the_backward_pass_are_few() -> None:
     """One for every 128 steps: k/128 of the memory of v."""
     given = [*arguments("step", (1, 640, 1, 2, 16, 8)).values(), None, None, None]
-    assert cpu.linear_attention(*given, False, cpu.TILE)[2].shape == (6, 1, 2, 16, 8)
-    assert cpu.linear_attention(*given, False, 0)[2].numel() == 0
+    assert cpu.linear_attention(*given, False, cpu.TILE, False)[2].shape == (6, 1, 2, 16, 8)
+    assert cpu.linear_attention(*given, False, 0, False)[2].numel() == 0
 
 
 @pytest.mark.compiled
@@ -219,7 +219,7 @@ def test_the_kernel_is_one_node(kind: str) -> None:
     given = {name: None if x is None else x.requires_grad_() for name, x in given.items()}
     start = torch.rand(2, 5) < 0.3
     torch.library.opcheck(
-        torch.ops.longstate.written_linear_attention.default, (*given.values(), start, False, cpu.TILE, "cpu")
+        torch.ops.longstate.written_linear_attention.default, (*given.values(), start, False, cpu.TILE, False, "cpu")
     )
 
     def function(**tensors: Any) -> Any:

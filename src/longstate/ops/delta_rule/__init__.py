@@ -86,7 +86,7 @@ def delta_rule(
     given = (q, k, v, log_decay, initial, beta)
     backend = choose("delta_rule", backend, {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)})
     if backend in _fused.KEEP:
-        around = (None, start, True, _fused.KEEP[backend] if differentiated(*given) else 0)
+        around = (None, start, True, _fused.KEEP[backend] if differentiated(*given) else 0, False)
         y, final, _ = call("written_linear_attention", *given, *around, backend=backend)
         return y, final
     dtype = at_least_float32(*(x for x in given if x is not None))

@@ -80,8 +80,9 @@ def linear_attention(
     refusals = {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)}
     backend = choose("linear_attention", backend, refusals)
     if backend in _fused.KEEP:
-        keep = _fused.KEEP[backend] if differentiated(*given) else 0
-        y, final, _ = call("written_linear_attention", *given, start, False, keep, backend=backend)
+        narrow = _fused.narrow(backend, q, k, v, log_decay)
+        keep = (_fused.NARROW if narrow else _fused.KEEP[backend]) if differentiated(*given) else 0
+        y, final, _ = call("written_linear_attention", *given, start, False, keep, narrow, backend=backend)
         return y, final
     y, final = _composed(*given, start, backend)
     return y.to(v.dtype), final

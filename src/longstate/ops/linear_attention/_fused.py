@@ -16,6 +16,14 @@ Implementations = dict[str, Callable[..., Any]]
 
 # Steps between the states that the kernels keep for the backward pass.
 KEEP = {"cpu": cpu.TILE, "triton": 32 if _triton.interpreted else 512}
+# Those kept in bfloat16 are what its kernel begins with, not what it walks from: four times as many.
+NARROW = 32 if _triton.interpreted else 128
+
+
+def narrow(backend: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> bool:
+    """Return whether a backend keeps states in bfloat16."""
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    return backend == "triton" and not by_channel and {x.dtype for x in (q, k, v)} == {torch.bfloat16}
 
 
 def register_kernel(forward: Implementations, backward: Implementations) -> None:
@@ -23,7 +31,7 @@ def register_kernel(forward: Implementations, backward: Implementations) -> None
     tensors, around = "Tensor q, Tensor k, Tensor v, Tensor? log_decay", "Tensor? dt, Tensor? D, Tensor? start"
     register(
         "written_linear_attention",
-        f"{tensors}, Tensor? initial, {around}, bool erases, int keep -> (Tensor, Tensor, Tensor)",
+        f"{tensors}, Tensor? initial, {around}, bool erases, int keep, bool narrow -> (Tensor, Tensor, Tensor)",
         forward=forward,
         fake=_fake,
         setup_context=_setup_context,
@@ -40,11 +48,18 @@ def register_kernel(forward: Implementations, backward: Implementations) -> None
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    final, keep = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32), rest[-1]
+    final = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    *_, keep, narrow = rest
     if not keep:
         return torch.empty_like(v), final, final.new_empty(0)
     # One more than tiles: tracing makes a promise about an axis that could have one entry.
-    return torch.empty_like(v), final, final.new_empty((v.shape[1] + keep - 1) // keep + 1, *final.shape)
+    return (
+        torch.empty_like(v),
+        final,
+        final.new_empty(
+            (v.shape[1] + keep - 1) // keep + 1, *final.shape, dtype=torch.bfloat16 if narrow else torch.float32
+        ),
+    )
 
 
 def _fake_backward(
@@ -60,12 +75,12 @@ def _fake_backward(
     kept: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    wanted = (q, k, v, log_decay, kept[0], dt, D)
+    wanted = (q, k, v, log_decay, kept[0].float(), dt, D)
     return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.erases, ctx.keep, ctx.backend = inputs
+    *tensors, ctx.erases, ctx.keep, _, ctx.backend = inputs
     ctx.initial = tensors.pop(4) is not None
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)  # for the states that are kept, zeros would be memory touched for nothing
@@ -79,4 +94,4 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None, _: None)
     gradients = op(grad, grad_final, *saved, ctx.erases, ctx.keep, ctx.backend)
     _, _, _, log_decay, dt, D, *_ = saved
     there = (True, True, True, log_decay is not None, ctx.initial, dt is not None, D is not None)
-    return *(x if given else None for x, given in zip(gradients, there, strict=True)), None, None, None, None
+    return *(x if given else None for x, given in zip(gradients, there, strict=True)), *[None] * 5

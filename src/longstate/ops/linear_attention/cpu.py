@@ -26,13 +26,14 @@ def linear_attention(
     start: Tensor | None,
     erases: bool,
     keep: int,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
 
     If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
     states around tiles are for the backward pass, one every ``keep`` steps (``TILE`` here); none where it is 0.
     """
-    assert native.kernels is not None and keep in (0, TILE)
+    assert native.kernels is not None and keep in (0, TILE) and not narrow
     given = _Given(q, k, v, log_decay, initial, dt, D, start, erases)
     y, final = native.empty(v.shape, v.dtype), torch.empty(given.state)
     kept = native.empty((-(-v.shape[1] // TILE) + 1, *given.state)) if keep else torch.empty(0)

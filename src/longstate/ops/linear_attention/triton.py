@@ -31,11 +31,13 @@ def linear_attention(
     start: Tensor | None,
     erases: bool,
     keep: int,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs ``[b t h p]``, the final state ``[b h k p]`` and the states around tiles ``[j+1 b h k p]``.
 
     If it ``erases``, what the state held at each key is taken from the value before it is written: the delta rule. The
-    states around tiles are for the backward pass, one every ``keep`` steps; none where it is 0.
+    states around tiles are for the backward pass, one every ``keep`` steps, ``narrow`` ones in bfloat16; none where it
+    is 0.
     """
     if erases:
         from ..delta_rule import triton as delta
@@ -49,7 +51,10 @@ def linear_attention(
     if single:
         given.step(initial, y, final)
         return y, final, final.new_empty(0)
-    kept = final.new_empty((cdiv(given.length, keep) + 1, *given.state)) if keep else None
+    kept = None
+    if keep:
+        shape = (cdiv(given.length, keep) + 1, *given.state)
+        kept = v.new_empty(shape, dtype=torch.bfloat16 if narrow else torch.float32)
     chunk = given.chunk(WALK, keep)
     _Walk(given, chunk, given.prepared(chunk)).forward(initial, y, final, kept, keep)
     return y, final, final.new_empty(0) if kept is None else kept
@@ -99,10 +104,13 @@ def linear_attention_backward(
     chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
     prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
     between = 1 if given.by_channel else 2
-    states, later = (v.new_empty((cdiv(chunks, between), *given.state), dtype=given.operands()) for _ in range(2))
+    later = v.new_empty((cdiv(chunks, between), *given.state), dtype=given.operands())
     grad_initial = v.new_empty(given.state, dtype=torch.float32)
     walk = _Walk(given, chunk, prepared)
-    walk.again(kept.contiguous(), states, keep, between)
+    states = kept.contiguous()
+    if keep != between * chunk or kept.dtype != later.dtype:
+        states = torch.empty_like(later)
+        walk.again(kept.contiguous(), states, keep, between)
     walk.backward(grad, native.side_by_side(grad_final), grad_initial, later, between)
     grad_v, grad_dt = v.new_empty(v.shape), None if dt is None else dt.new_empty(dt.shape)
     heads, values = v.shape[2:]
