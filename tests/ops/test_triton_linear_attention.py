@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longstate import ops
 from longstate.ops import _triton
+from longstate.ops.linear_attention import _fused
 from ops.test_against_reference import flags
 from poison import poisoned_memory
 
 # Batch, steps, groups, heads, keys, values: no step, one, a chunk and one more, two segments of two chunks and two
 # blocks of keys and of values.
 CASES = [
-    *((kind, (1, 17, 1, 2, 5, 7)) for kind in ("none", "head")),
+    ("none", (1, 17, 1, 2, 5, 7)),
+    ("head", (1, 35, 1, 2, 5, 7)),
     *((kind, (2, t, 1, 1, 2, 3)) for kind in ("step", "channel") for t in (0, 1)),
     ("step", (2, 17, 2, 4, 5, 7)),
     ("channel", (1, 17, 1, 2, 5, 7)),
@@ -77,7 +80,9 @@ def check(given: dict[str, Any], found: dict[str, Any], weights: list[torch.Tens
     product of matrices is rounded to it: scores or a state, what is written or read, and in the gradients of these what
     comes back, six at most in a chain. They err by M times six units, and by less the more there are to sum; float16
     is multiplied as float32. What is returned in a narrow type is rounded once more. The gradient of a decay is the
-    difference of two sums, of the sensitivity to outputs and to values: of all magnitudes, each of them.
+    difference of two sums, of the sensitivity to outputs and to values: of all magnitudes, each of them. Where a decay
+    is of a head, what stands on both sides is the same number, formed in float32 alike: what is rounded to bfloat16 is
+    of the M that passes through the decay. Where it is of a channel, both sides are rounded by themselves.
     """
     b, t, _, _ = given["v"].shape
     k, p = given["q"].shape[3], given["v"].shape[3]
@@ -87,15 +92,18 @@ def check(given: dict[str, Any], found: dict[str, Any], weights: list[torch.Tens
     narrow = any(given[name].dtype == torch.bfloat16 for name in "qkv")
     everything = torch.einsum("bthp,bthp->bh", weights[0].double().abs(), size["y"])
     everything += torch.einsum("bhkp,bhkp->bh", weights[1].double().abs(), size["final"])
+    sums = dict(size)
     if "log_decay" in given:
         g = given["log_decay"]
-        size["dlog_decay"] = 2 * (
+        sums["dlog_decay"] = 2 * (
             t * everything.sum(0) if g.ndim == 1 else everything.view(b, 1, -1, *[1] * (g.ndim - 3))
         )
+        if g.ndim == 4:
+            size["dlog_decay"] = sums["dlog_decay"]
     for name, x in found.items():
         like = given.get(name.removeprefix("d"), given["v"] if name == "y" else size["final"].float())
         assert x.shape == wanted[name].shape and x.dtype == like.dtype, name
-        bound = ((3 * t + k + p + 8) * 2.0**-24 + (6 * 2.0**-8 if narrow else 0)) * size[name]
+        bound = (3 * t + k + p + 8) * 2.0**-24 * sums[name] + (6 * 2.0**-8 if narrow else 0) * size[name]
         bound += UNIT[x.dtype] * wanted[name].abs() if x.dtype != torch.float32 else 0
         error = (x.double() - wanted[name]).abs()
         assert (error <= bound).all(), (name, (error / bound).max().item())
@@ -106,20 +114,40 @@ def check(given: dict[str, Any], found: dict[str, Any], weights: list[torch.Tens
 class TestInterpreted:
     @pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
     def test_equals_the_reference(self, kind: str, shape: tuple[int, ...]) -> None:
-        given, options = arguments(kind, shape), flags("start" if shape[1] == 17 else "", *shape[:2])
+        given, options = arguments(kind, shape), flags("start" if shape[1] in (17, 35) else "", *shape[:2])
         weights = weights_of(given)
-        check(given, run(given, weights, backend="triton", **options), weights, **options)
+        found = run(given, weights, backend="triton", **options)
+        check(given, found, weights, **options)
+        if options and kind in ("step", "channel"):
+            assert not found["dlog_decay"][options["start"]].any()
 
     @pytest.mark.parametrize(("kind", "dtype"), [("step", torch.bfloat16), ("channel", torch.bfloat16)], ids=str)
     def test_narrow_types(self, kind: str, dtype: torch.dtype) -> None:
         given = arguments(kind, (1, 33, 1, 1, 5, 7), dtype)
+        given["initial"] = given["initial"].to(dtype)
         weights = weights_of(given)
         check(given, run(given, weights, backend="triton"), weights)
+
+    def test_what_is_kept_has_the_type_that_is_promised(self) -> None:
+        """In bfloat16, if the activations are; traced, the op must say so."""
+        for dtype in (torch.bfloat16, torch.float16):
+            given = arguments("step", (1, 33, 1, 1, 5, 7), dtype)
+            names = ("q", "k", "v", "log_decay", "initial", "dt", "D")
+            narrow = _fused.narrow("triton", given["q"], given["k"], given["v"], given["log_decay"])
+            ordered = (*(given[n] for n in names), None, False, 32, narrow, "triton")
+            found = torch.ops.longstate.written_linear_attention(*ordered)
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in ordered]
+                promised = torch.ops.longstate.written_linear_attention(*fakes)
+            for x, y in zip(found, promised, strict=True):
+                assert x.shape == y.shape and x.dtype == y.dtype
+            assert found[2].dtype == (dtype if narrow else torch.float32) and narrow == (dtype == torch.bfloat16)
 
     def test_float16_beyond_its_range(self) -> None:
         """States and scores may be larger than any float16."""
         given = arguments("none", (1, 20, 1, 2, 5, 7), torch.float16, around=False)
         given |= dict(q=given["q"] / 2**11, k=given["k"] * 2**9, v=given["v"] * 2**8)
+        given["initial"] = given["initial"].half()
         weights = weights_of(given)
         found = run(given, weights, backend="triton")
         assert found["final"].abs().max() > 2**17

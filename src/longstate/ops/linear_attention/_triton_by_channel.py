@@ -16,6 +16,7 @@ from ._triton_chunks import (
     chunk_factors,
     chunk_weights,
     decayed,
+    first_steps,
     log2_decays,
     operand,
     product,
@@ -228,6 +229,8 @@ def key_gradients(
     q_here, k_here = q_here.to(tl.float32), k_here.to(tl.float32)
     end = tl.sum(k_here * from_L, 0) + decayed(carried, tl.exp2(tl.sum(log2, 0)) * kept_on)
     change = tl.cumsum(q_here * dq_here - k_here * dk_here, 0, reverse=True) + end[None, :]
+    if document is not None:
+        change = tl.where(first_steps(starts, first, rows, height)[:, None], 0.0, change)
     at, wide = ((batch * T + first) * H + head) * K, H * K
     store_tile(dq + at, rows, keys, wide, height, K, dq_here)
     store_tile(dk + at, rows, keys, wide, height, K, dk_here)
