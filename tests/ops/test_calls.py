@@ -171,7 +171,7 @@ ATTENTIONS = ("linear_attention", "linear_attention channel", "delta_rule", "del
 
 @pytest.mark.parametrize("name", ["scan", "block_scan", "selective_scan", "state_space", *ATTENTIONS])
 def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
-    (short, _, _), (long, given, states) = watched(name, 4096), watched(name, 8192)
+    (short, _, _), (long, given, states) = watched(name, 2048), watched(name, 4096)
     assert long.peak <= 2.1 * short.peak
     assert long.largest < states / 4, "a tensor as large as all states"
     assert long.peak < 8 * given + 2**23
@@ -180,9 +180,9 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "calls"),
     [
-        ("scan", 4096, 40),
-        ("state_space", 4096, 80),
-        ("block_scan", 4096, 60),
+        ("scan", 1024, 40),
+        ("state_space", 1024, 80),
+        ("block_scan", 1024, 60),
         ("selective_scan", 32, 500),
         ("linear_attention", 512, 300),
         ("delta_rule", 64, 150),
@@ -190,8 +190,8 @@ def test_memory_is_linear_and_no_tensor_holds_every_state(name: str) -> None:
 )
 def test_no_loop_over_time(name: str, steps: int, calls: int) -> None:
     """So many further steps (a chunk both ways; for the scan, one more halving) cost at most so many calls."""
-    few, many = watched(name, 4096)[0].calls, watched(name, 8192)[0].calls
-    assert (many - few) * steps <= 4096 * calls
+    few, many = watched(name, 1024)[0].calls, watched(name, 2048)[0].calls
+    assert (many - few) * steps <= 1024 * calls
 
 
 def test_the_watch_sees_a_loop_and_a_large_tensor() -> None:

@@ -50,8 +50,7 @@ def walk(
         initial: States before segments ``[i b h k p]``; zero when absent.
         y: Outputs; none are computed when absent.
         final: The state after the last segment, or the states after all of them if ``left`` is wanted.
-        kept: States before every ``BETWEEN`` chunks ``[j b h k p]``, the last of them after all; backwards, which
-            these are after in time, and none after all.
+        kept: States before every ``BETWEEN`` chunks ``[j b h k p]``, forwards the last of them after all.
         left: What is left of a state after each segment ``[i b h k]``.
         SHARED: Heads that share a group; ``SEGMENT``: chunks of a segment.
     """

@@ -15,9 +15,10 @@ import torch
 from ... import native
 from ..._shapes import Tensor
 from .. import _triton
-from .._triton import Tiles, cdiv, power_of_2
-from . import _triton_by_channel, _triton_by_head, _triton_chunks, _triton_walk
-from ._triton_tiles import BY_CHANNEL, BY_HEAD, COMBINE, STEP, WALK
+from .._triton import cdiv, power_of_2
+from . import _triton_by_channel, _triton_by_head, _triton_walk
+from ._triton_given import Given, sub
+from ._triton_tiles import BY_CHANNEL, BY_HEAD, COMBINE, WALK
 
 
 def linear_attention(
@@ -44,7 +45,7 @@ def linear_attention(
 
         assert dt is not None  # β
         return delta.delta_rule(q, k, v, log_decay, initial, dt, start, keep)
-    given = _Given(q, k, v, log_decay, dt, D, start)
+    given = Given(q, k, v, log_decay, dt, D, start)
     initial = native.side_by_side(initial)
     single = given.length == 1 and not keep
     y, final = v.new_empty(v.shape), _triton.final_state(initial, given.state, v, single)
@@ -76,7 +77,7 @@ def token(
     Δ = clamp(softplus(dt + bias), limit),    S ← e^{−Δ e^{A_log}} S + k (Δ v)ᵀ,    y = Sᵀ q + D v
     """
     y = v.new_empty(v.shape)
-    _Given(q, k, v, None, dt, D, None).step(state, y, state, bias, A_log, (float(limit[0]), float(limit[1])))
+    Given(q, k, v, None, dt, D, None).step(state, y, state, bias, A_log, (float(limit[0]), float(limit[1])))
     return y
 
 
@@ -100,7 +101,7 @@ def linear_attention_backward(
 
         assert dt is not None  # β
         return delta.delta_rule_backward(grad, grad_final, q, k, v, log_decay, dt, start, kept, keep)
-    given, grad = _Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
+    given, grad = Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
     chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
     prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
     between = 1 if given.by_channel else 2
@@ -125,128 +126,10 @@ def linear_attention_backward(
     return grad_q, grad_k, grad_v, *optional
 
 
-class _Given:
-    """The arguments as the kernels find them."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        dt: Tensor | None,
-        D: Tensor | None,
-        start: Tensor | None,
-    ) -> None:
-        self.batch, self.length, self.groups, self.keys = q.shape
-        self.heads, self.values = v.shape[2:]
-        self.shared = self.heads // self.groups
-        self.state = (self.batch, self.heads, self.keys, self.values)
-        self.by_channel, self.fixed = (log_decay is not None and log_decay.ndim == n for n in (4, 1))
-        self.q, self.k, self.v = (native.in_rows(x) for x in (q, k, v))
-        self.g, self.dt = log_decay, dt
-        if log_decay is not None:
-            self.g = log_decay.expand(v.shape[:3]) if self.fixed else log_decay
-            self.g = native.in_rows(log_decay) if self.by_channel else self.g
-        self.D = None if D is None else D.view(self.heads, -1).expand(self.heads, self.values)
-        # The document that each step is of: starts are where neighbours differ.
-        self.document = None if start is None else start.cumsum(1, dtype=torch.int32)
-        types = {x.dtype for x in (q, k, v)}
-        self.narrow = types == {torch.bfloat16}
-        self.exact = torch.float32 in types
-
-    @property
-    def precision(self) -> str:
-        """How the kernels multiply what is not bfloat16: float16 is exact in tf32."""
-        return "ieee" if self.exact else "tf32"
-
-    def operands(self) -> torch.dtype:
-        """Return the type of tiles that are read only to be multiplied."""
-        return torch.bfloat16 if self.narrow else torch.float32
-
-    def chunk(self, tiles: dict[bool, Tiles], keep: int) -> int:
-        """Return the number of steps of a chunk, less where keys are wide; those between kept states hold whole pairs
-        of chunks."""
-        steps = tiles[self.exact](self.v, keys=self.keys, values=self.values)["CHUNK"]
-        return min(steps, max(16, 64 * 128 // power_of_2(self.keys)), keep // 2 or steps)
-
-    def strides(self, *names: str) -> tuple[int, ...]:
-        """Return the distances of sequences, steps and heads of arguments; zeros for those that are absent."""
-        tensors = (getattr(self, name) for name in names)
-        return tuple(n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3]))
-
-    def skips(self) -> tuple[int, ...]:
-        """Return the distances of heads and values of D."""
-        return (0, 0) if self.D is None else self.D.stride()
-
-    def step(
-        self,
-        initial: Tensor | None,
-        y: Tensor,
-        final: Tensor,
-        bias: Tensor | None = None,
-        A_log: Tensor | None = None,
-        limit: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        """Take the only step of a sequence; see ``token`` for the last three."""
-        use = STEP(self.v, keys=self.keys, values=self.values)
-        strides = [
-            n
-            for x in (self.v, self.q, self.k, self.g, self.dt)
-            for n in ((0, 0) if x is None else (x.stride(0), x.stride(2)))
-        ]
-        _triton.launch(
-            _triton_walk.step, (self.batch * self.heads * cdiv(self.values, use["VALUES"]),),
-            self.v, self.q, self.k, self.g, self.dt, self.D, self.document, initial, y, final,
-            *strides, self.skips()[0], bias, A_log, *limit, self.skips()[1], self.heads, self.shared, self.keys,
-            self.values, CHANNELS=self.by_channel, KEYS=power_of_2(self.keys), **use,
-        )  # fmt: skip
-
-    def sums(self, chunk: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the running sums in chunks of decays per head in two parts; see ``_triton_chunks.running_sums``."""
-        if self.g is None or self.by_channel:
-            return None, None
-        shape = (self.batch, self.heads, cdiv(self.length, chunk), chunk)
-        high = self.v.new_empty(shape, dtype=torch.float32)
-        low = None if self.narrow else torch.empty_like(high)
-        _triton.launch(
-            _triton_chunks.running_sums, (self.batch * self.heads, shape[2]),
-            self.g, high, low, *self.strides("g"), self.length, self.heads, CHUNK=chunk, num_warps=1,
-        )  # fmt: skip
-        return high, low
-
-    def prepared(self, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return scores, queries and keys with their factors, and what is left of states, where decays are per
-        channel; see ``_triton_by_channel.prepare``."""
-        if not self.by_channel:
-            return None
-        shape, chunks = (self.batch, self.length, self.heads, self.keys), cdiv(self.length, chunk)
-        scores = self.v.new_empty(
-            (self.batch, self.heads, self.length, chunk),
-            dtype=torch.bfloat16 if self.v.dtype is torch.bfloat16 else torch.float32,
-        )
-        q_into, k_out = self.q.new_empty(shape), self.k.new_empty(shape)
-        through = self.v.new_empty((self.batch, self.heads, chunks, self.keys), dtype=torch.float32)
-        use = BY_CHANNEL[self.exact](self.v, keys=self.keys, values=self.values)
-        _triton.launch(
-            _triton_by_channel.prepare, (self.batch * self.heads, chunks),
-            self.q, self.k, self.g, self.document, scores, q_into, k_out, through, *self.strides("q", "k", "g"),
-            self.length, self.heads, self.shared, self.keys,
-            CHUNK=chunk, SUB=_sub(chunk), KEYS=min(use["KEYS"], power_of_2(self.keys, 16)),
-            PRECISION=self.precision, num_warps=use["num_warps"], num_stages=use["num_stages"],
-        )  # fmt: skip
-        return scores, q_into, k_out, through
-
-
-def _sub(chunk: int) -> int:
-    """Return the number of steps of a sub-block; under the interpreter, of which there are several too."""
-    return min(16, chunk // 2) if _triton.interpreted else 16
-
-
 class _Walk:
     """What walks over the chunks of given arguments."""
 
-    def __init__(self, given: _Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> None:
+    def __init__(self, given: Given, chunk: int, prepared: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> None:
         self.given, self.chunk, self.chunks = given, chunk, cdiv(given.length, chunk)
         self.q, self.k, self.shared = given.q, given.k, given.shared
         self.sums = given.sums(chunk)
@@ -330,7 +213,7 @@ class _Walk:
 
 
 def _by_head(
-    given: _Given,
+    given: Given,
     chunk: int,
     sums: tuple[Tensor | None, Tensor | None],
     grad: Tensor,
@@ -367,7 +250,7 @@ def _by_head(
 
 
 def _by_channel(
-    given: _Given,
+    given: Given,
     chunk: int,
     prepared: tuple[Tensor, Tensor, Tensor, Tensor],
     grad: Tensor,
@@ -401,7 +284,7 @@ def _by_channel(
         _triton_by_channel.key_gradients, (pairs * cdiv(given.keys, keys), chunks),
         grad, given.q, given.k, given.v, given.g, given.dt, given.document, d_scores, states, later,
         grad_q, grad_k, grad_g, *grad.stride()[:3], *given.strides("q", "k", "v", "g", "dt"),
-        given.length, given.heads, given.shared, given.keys, given.values, SUB=_sub(chunk), KEYS=keys, **options,
+        given.length, given.heads, given.shared, given.keys, given.values, SUB=sub(chunk), KEYS=keys, **options,
     )  # fmt: skip
     return _summed(grad_q, 3, given.q), _summed(grad_k, 3, given.k), grad_g
 
