@@ -53,7 +53,7 @@ def test_pieces_narrow(row: Row, kinds: str, dtype: torch.dtype) -> None:
 
 
 @pairs(["", EVERYTHING], chosen=STATEFUL)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_steps(row: Row, kinds: str, dtype: torch.dtype) -> None:
     contract.check_pieces(row.make, dtype, kinds, STEPS)
 
