@@ -68,6 +68,7 @@ clean:
 # The stamps: pip runs again only when what is to be installed has changed. The package itself is installed in place
 # (-e), so a change of its code needs no new installation: Python is read where it stands, and the C++ is built again by
 # the first import after a change, for which the tools that build it stay in the environment.
+# Setuptools is for dependencies that come as source: they too are built without isolation.
 IN_PLACE := $(INSTALL) --no-build-isolation -C editable.rebuild=true -C editable.verbose=false
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt CMakeLists.txt | $(VENV)/.tools
@@ -79,7 +80,7 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt CMakeLists.txt | $(VENV
 	touch $@
 
 $(VENV)/.tools: | $(VENV)/.made
-	$(INSTALL) 'scikit-build-core>=0.11' 'nanobind>=2.4' cmake ninja
+	$(INSTALL) 'scikit-build-core>=0.11' 'nanobind>=2.4' cmake ninja 'setuptools>=70.1'
 	touch $@
 
 $(VENV)/.made:
