@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_parts import LOG2E, between_by_channel, inverse, load, of_channels, of_head, product, same_sequence, store
+from .._triton_parts import LOG2E
+from ._triton_parts import between_by_channel, inverse, load, of_channels, of_head, product, same_sequence, store
 
 
 @triton.jit

@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_parts import LOG2E, load, product, store
+from .._triton_parts import LOG2E
+from ._triton_parts import load, product, store
 
 
 @triton.jit

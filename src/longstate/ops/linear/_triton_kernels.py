@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..selective_scan._triton_steps import sigmoid
+from .._triton_parts import sigmoid
 
 
 @triton.jit

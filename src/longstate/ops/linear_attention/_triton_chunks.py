@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import _triton
+from .._triton_parts import LOG2E
 
 INTERPRETED = tl.constexpr(_triton.interpreted)  # there, bfloat16 is not multiplied
 NOWHERE = tl.constexpr(1 << 30)  # a step that is beyond the end of every chunk
@@ -57,7 +58,7 @@ def steps_of(x, rows, step, height):
 @triton.jit
 def log2_decays(g, rows, columns, step, height, width):
     """Load log decays of some channels of one head; 0 (no decay) beyond the end, none below the least normal number."""
-    return tl.maximum(tile(g, rows, columns, step, height, width).to(tl.float32) * 1.4426950408889634, -126.0)
+    return tl.maximum(tile(g, rows, columns, step, height, width).to(tl.float32) * LOG2E, -126.0)
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def running_sums(g, high, low, g_batch, g_step, g_head, T, H, CHUNK: tl.constexp
     pair, i, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, CHUNK)
     first = i.to(tl.int64) * CHUNK
     log2 = steps_of(g + pair // H * g_batch + pair % H * g_head + first * g_step, rows, g_step, T - i * CHUNK)
-    log2 = tl.maximum(log2 * 1.4426950408889634, -126.0)
+    log2 = tl.maximum(log2 * LOG2E, -126.0)
     at = (pair * tl.num_programs(1) + i) * CHUNK + rows
     if low is not None:
         coarse = tl.floor(log2 * 256.0) * (1.0 / 256.0)

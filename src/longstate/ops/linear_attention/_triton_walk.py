@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..selective_scan._triton_steps import softplus
+from .._triton_parts import LOG2E, softplus
 from ._triton_chunks import chunk_factors, chunk_weights, decayed, operand, product, steps_of, store_tile, tile
 
 
@@ -160,16 +160,16 @@ def step(
     if g is not None:
         at = g + batch * g_batch + head * g_head
         if CHANNELS:
-            state *= tl.exp2(tl.load(at + keys, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634)[:, None]
+            state *= tl.exp2(tl.load(at + keys, mask=there, other=0.0).to(tl.float32) * LOG2E)[:, None]
         else:
-            state *= tl.exp2(tl.load(at).to(tl.float32) * 1.4426950408889634)
+            state *= tl.exp2(tl.load(at).to(tl.float32) * LOG2E)
     if dt is not None:
         size = tl.load(dt + batch * dt_batch + head * dt_head).to(tl.float32)
     if A_log is not None:
         size += tl.load(bias + head).to(tl.float32)
         size = tl.minimum(tl.maximum(softplus(size), least), most)
-        rate = tl.exp2(tl.load(A_log + head).to(tl.float32) * 1.4426950408889634)
-        state *= tl.exp2(-1.4426950408889634 * size * rate)
+        rate = tl.exp2(tl.load(A_log + head).to(tl.float32) * LOG2E)
+        state *= tl.exp2(-LOG2E * size * rate)
     if document is not None:
         state = tl.where(tl.load(document + batch) == 0, state, 0.0)
     q_here = tl.load(q + batch * q_batch + group * q_group + keys, mask=there, other=0.0).to(tl.float32)

@@ -10,8 +10,9 @@ import triton.language as tl
 from ... import native
 from ..._shapes import Tensor
 from .. import _triton
+from .._triton_parts import LOG2E, sigmoid, softplus
 from ._triton_lanes import of_channels, of_states, over_channels, over_states, settle
-from ._triton_steps import LOG2E, carry_on, read_rates, read_rows, sigmoid, softplus, store_end
+from ._triton_steps import carry_on, read_rates, read_rows, store_end
 
 # A thread has ``numbers`` of the states and channels of a step (or more, of very many states) and ``steps`` steps; in a
 # warp, ``across`` lanes share out the states. ``programs`` is how many of them run at a time on a large device.

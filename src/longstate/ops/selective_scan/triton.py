@@ -11,22 +11,9 @@ import triton.language as tl
 from ... import native
 from ..._shapes import Tensor
 from .. import _triton
+from .._triton_parts import LOG2E, sigmoid, softplus
 from ._triton_backward import selective_scan_backward
-from ._triton_steps import (
-    LOG2E,
-    carry_on,
-    channels,
-    marks,
-    onwards,
-    pick,
-    pin,
-    places,
-    read_rates,
-    read_rows,
-    sigmoid,
-    softplus,
-    store_end,
-)
+from ._triton_steps import carry_on, read_rates, read_rows, store_end
 
 __all__ = ["selective_scan", "selective_scan_backward"]
 
@@ -44,6 +31,37 @@ LEAST = 256  # steps of a segment
 
 
 @triton.jit
+def _pin(x):
+    """Return x, a number for each step and channel, or step and state. The sum over an axis of one keeps the compiler
+    from computing x anew in each of the threads that want it: they have it from one, through shared memory."""
+    return tl.sum(x[None], 0)
+
+
+@triton.jit
+def _onwards(s1, a1, b1, s2, a2, b2):
+    """Join two runs of steps h ← a h + b, the second of which begins anew if s2: b is the state after a run."""
+    return s1 | s2, a1 * a2, tl.where(s2 != 0, 0.0, a2 * b1) + b2
+
+
+@triton.jit
+def _pick(x, i: tl.constexpr, row):
+    """Return step i of x [STEPS, N, L], exactly: the others' bits are replaced by zeros, which costs nothing where one
+    thread holds all steps."""
+    bits = tl.where(row[:, None, None] == i, x.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _marks(start, at, there, a):
+    """Return where sequences begin anew, as whole numbers of the shape of ``a`` [STEPS, N, L]."""
+    if start is None:
+        s = tl.zeros(a.shape, tl.int32)
+    else:
+        s = tl.load(start + at, there, 0).to(tl.int32)[:, None, None].broadcast_to(a.shape)
+    return s
+
+
+@triton.jit
 def _forward(
     u, dt, A, B, C, D, initial, gate, bias, elapsed, start, y, final, kept, ends, decays, u_batch, u_row, dt_batch,
     dt_row, B_batch, B_row, C_batch, C_row, gate_batch, gate_row, A_row, length, width, states, span, keep,
@@ -51,15 +69,19 @@ def _forward(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Run h_t = e^(Δ_t A) ∘ h_{t−1} + B_t Δ_t u_t, y_t = (C_tᵀ h_t + D ∘ u_t) ∘ SiLU(gate_t) in one segment of ``span``
-    steps. Without y, the segment's end from a zero state and its decay."""
+    steps. Without y, the segment's end from a zero state and its decay.
+
+    A program takes L channels of one sequence through time in tiles of steps [STEPS, N, L]. Triton lays out the last
+    axis over the lanes of a warp and the next over the warps, so that a thread holds all steps of a tile: a scan over
+    them is then the plain recurrence in registers.
+    """
     batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    channel, known = channels(width, 1, L)
-    column, known = channel[:, None], known[:, None]
-    at, there = places(channel, width, states, N)
+    channel, n, row = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, N), tl.arange(0, STEPS)
+    known = channel < width
+    at, there = channel[None, :] * states + n[:, None], known[None, :] & (n < states)[:, None]
     sizes = tl.cast(width, tl.int64) * states
-    rate = read_rates(A, places(channel, width, A_row, N)[0], there, LOG_A) * LOG2E
-    n, row = tl.arange(0, N)[None, :], tl.arange(0, STEPS)
-    h, time, starts = tl.zeros([1, N, L], tl.float32), tl.zeros([1, L], tl.float32), 0
+    rate = read_rates(A, channel[None, :] * A_row + n[:, None], there, LOG_A) * LOG2E
+    h, time, starts = tl.zeros([N, L], tl.float32), tl.zeros([L], tl.float32), 0
     if y is not None:
         if initial is not None:
             h = tl.load(initial + batch * sizes + at, there, 0.0)
@@ -70,44 +92,43 @@ def _forward(
     end = tl.minimum(length, (segment + 1) * span)
     for first in tl.range(segment * span, end, STEPS, num_stages=STAGES):
         now = first + row < end
-        mask = now[None, :, None] & known
-        now_n = now[:, None] & (n < states)
-        u_t = read_rows(u, batch, u_batch, first, u_row, row[None, :, None], column, mask)
-        step = read_rows(dt, batch, dt_batch, first, dt_row, row[None, :, None], column, mask)
-        B_t = read_rows(B, batch, B_batch, first, B_row, row[:, None], n, now_n)
+        mask, now_n = now[:, None] & known[None, :], now[:, None] & (n < states)[None, :]
+        u_t = read_rows(u, batch, u_batch, first, u_row, row[:, None], channel[None, :], mask)
+        step = read_rows(dt, batch, dt_batch, first, dt_row, row[:, None], channel[None, :], mask)
+        B_t = read_rows(B, batch, B_batch, first, B_row, row[:, None], n[None, :], now_n)
         if bias is not None:
-            step += tl.load(bias + channel, channel < width, 0.0).to(tl.float32)[:, None]
+            step += tl.load(bias + channel, known, 0.0).to(tl.float32)[None, :]
         if SOFTPLUS:
             step = softplus(step)
         if elapsed is not None:
-            step *= tl.load(elapsed + batch * length + first + row, now, 0.0)[None, :, None]
+            step *= tl.load(elapsed + batch * length + first + row, now, 0.0)[:, None]
         step = tl.where(mask, step, 0.0)
         if kept is not None:
             if first % keep == 0:
                 tl.store(kept + ((first // keep) * tl.num_programs(1) + batch) * sizes + at, h, there)
-        a = tl.exp2(pin(step)[:, :, None] * rate[:, None])
-        x = pin(step * u_t)[:, :, None] * pin(B_t)[None, :, :, None]
-        s = marks(start, batch * length + first + row, now, a)
-        x = tl.where((row[None, :, None, None] == 0) & (s == 0), a * h[:, None] + x, x)
-        _, _, h_t = tl.associative_scan((s, a, x), 1, onwards)
-        h = pick(h_t, STEPS - 1, STEPS)
+        a = tl.exp2(_pin(step)[:, None, :] * rate[None])
+        x = _pin(step * u_t)[:, None, :] * _pin(B_t)[:, :, None]
+        s = _marks(start, batch * length + first + row, now, a)
+        x = tl.where((row[:, None, None] == 0) & (s == 0), a * h[None] + x, x)
+        _, _, h_t = tl.associative_scan((s, a, x), 0, _onwards)
+        h = _pick(h_t, STEPS - 1, row)
         if y is None:
-            time += tl.sum(step, 1)
+            time += tl.sum(step, 0)
             if start is not None:
-                starts += tl.max(tl.max(tl.max(tl.max(s, 3), 2), 1), 0)
+                starts += tl.max(tl.max(tl.max(s, 2), 1), 0)
         else:
-            C_t = read_rows(C, batch, C_batch, first, C_row, row[:, None], n, now_n)
-            out = tl.sum(h_t * pin(C_t)[None, :, :, None], 2)
+            C_t = read_rows(C, batch, C_batch, first, C_row, row[:, None], n[None, :], now_n)
+            out = tl.sum(h_t * _pin(C_t)[:, :, None], 1)
             if D is not None:
-                out += tl.load(D + channel, channel < width, 0.0).to(tl.float32)[:, None] * u_t
+                out += tl.load(D + channel, known, 0.0).to(tl.float32)[None, :] * u_t
             if gate is not None:
-                z = read_rows(gate, batch, gate_batch, first, gate_row, row[None, :, None], column, mask)
+                z = read_rows(gate, batch, gate_batch, first, gate_row, row[:, None], channel[None, :], mask)
                 out *= z * sigmoid(z)
-            place = (batch * length + first) * width + row[None, :, None] * width + column
+            place = (batch * length + first) * width + row[:, None] * width + channel[None, :]
             tl.store(y + place, out.to(y.dtype.element_ty), mask)
     if y is None:
         store_end(
-            h, ends, decays, rate * time[:, None], starts, (segment * tl.num_programs(1) + batch) * sizes, at, there
+            h, ends, decays, rate * time[None, :], starts, (segment * tl.num_programs(1) + batch) * sizes, at, there
         )
     else:
         if segment == tl.num_programs(2) - 1:
