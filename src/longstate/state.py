@@ -132,14 +132,19 @@ def copy_into(state: S, memory: S) -> None:
     Raises:
         ValueError: If their structures or shapes differ.
     """
+    places = {y.untyped_storage().data_ptr() for _, y in _named(memory)}
 
-    def into(x: Tensor, y: Tensor) -> None:
+    def apart(x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape:
             raise ValueError(f"copy_into: a tensor of shape {list(x.shape)} came, the memory is of {list(y.shape)}")
+        # What lies in memory of another tensor would be written over before it is copied.
+        return x if x.data_ptr() == y.data_ptr() or x.untyped_storage().data_ptr() not in places else x.clone()
+
+    def into(x: Tensor, y: Tensor) -> None:
         if x.data_ptr() != y.data_ptr():
             y.copy_(x)
 
-    _map(into, state, memory)
+    _map(into, _map(apart, state, memory), memory)
 
 
 def growing(state: Any) -> bool:

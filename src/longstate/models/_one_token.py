@@ -11,7 +11,7 @@ one by one they would take no less time than the layers' own lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -64,7 +64,7 @@ class Programs:
         blocks: Any = stack._modules["layers"]
         self.count = len(blocks)
         self.layers: list[_Layer | None] = []
-        states: list[Tensor] = []
+        self.asked: list[list[Any]] = [[] for _ in _ASKED]  # of the states, of which none is kept
         for i in range(self.count):
             step = Step(self.shape[0], self.watch)
             try:
@@ -79,11 +79,11 @@ class Programs:
                 self.layers.append(None)
                 continue
             self.layers.append(_Layer(program, len(initial)))
-            states += initial
+            for known, answers in zip(self.asked, _ask(initial), strict=True):
+                known += answers
         self.watch.remember()
         # Of a small model one thread is done before a team has met at the end of each kernel.
         self.team = self.threads if self.watch.nbytes() >= LARGE * self.count else 1
-        self.asked = _ask(states)
 
     def _layer(self, step: Step, blocks: nn.Module, name: str) -> tuple[Place, Place, tuple[Tensor, ...]]:
         """Add a layer; return where the residual stream comes from and goes to, and the initial state."""
@@ -168,7 +168,7 @@ class Programs:
         return stack.norm_f(residual), tuple(done)
 
 
-def _ask(states: list[Tensor]) -> list[list[Any]]:
+def _ask(states: Sequence[Tensor]) -> list[list[Any]]:
     return [list(map(ask, states)) for ask in _ASKED]
 
 

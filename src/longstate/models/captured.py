@@ -9,6 +9,7 @@ import torch
 from .. import state as states
 from .._shapes import Float, Int, Tensor
 from ..ops import _triton
+from .experts import Experts
 from .language import LanguageModel
 
 
@@ -26,7 +27,7 @@ class CapturedStep:
         batch_size: The number of sequences.
 
     Raises:
-        ValueError: If a layer has no state, or one that grows with what was read.
+        ValueError: If a layer has no state, or one that grows with what was read, or the model has experts.
 
     Example:
         >>> import torch
@@ -52,14 +53,20 @@ class CapturedStep:
                 )
         self.model = model
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        if any(isinstance(part, Experts) for part in model.modules()):
+            raise ValueError(
+                "CapturedStep: the model has experts, and which of them are computed is not known before each token."
+                " Call the model itself."
+            )
         self._state = states.copy(before)
+        del before, layer  # states of many sequences: they are in memory once while the graph is made
         self._value: Any = None  # of the states as they are now, if it is known
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     self._capture()
-        self.load(before)
+                states.copy_into(model.initial_state(batch_size), self._state)
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -69,7 +76,7 @@ class CapturedStep:
                 self._run()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):
             self._run()
 
     def _run(self) -> None:
@@ -78,6 +85,7 @@ class CapturedStep:
             self._logits = logits[:, 0]
         states.copy_into(after, self._state)
 
+    @torch.no_grad()
     def load(self, state: Any) -> None:
         """Go on from a state of ``batch_size`` sequences.
 

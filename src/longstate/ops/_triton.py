@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module, resources
 from importlib.resources.abc import Traversable
 from importlib.util import find_spec
@@ -15,12 +16,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import native
 from .._shapes import Tensor
 
 # Triton's own switch, not ours: its kernels run one by one in Python then, on the CPU, and compute the same.
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # noqa: TID251
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_KEYS = 512  # of a head: a state's tile and those beside it have to find room in shared memory
 
 
 def _missing() -> str:
@@ -34,10 +37,12 @@ def _missing() -> str:
 reason = _missing()  # why no kernel can run; "" if they can
 
 
-def refusal(*tensors: Tensor | None, types: tuple[torch.dtype, ...] = TYPES) -> str:
+def refusal(*tensors: Tensor | None, types: tuple[torch.dtype, ...] = TYPES, keys: int = 0) -> str:
     """Return why the kernels do not take such arguments; "" if they do."""
     if reason:
         return reason
+    if keys > MOST_KEYS:
+        return f"its kernels take at most {MOST_KEYS} keys"
     for x in tensors:
         if x is not None and not (x.dtype in types and (x.is_cuda or interpreted)):
             names = ", ".join(str(x).removeprefix("torch.") for x in types)
@@ -116,23 +121,22 @@ def asked() -> Iterator[list[tuple[Tiles, dict[str, int]]]]:
         _asked = before
 
 
-_in_place = False
+_in_place = ContextVar("in_place", default=False)
 
 
 @contextmanager
 def in_place() -> Iterator[None]:
     """Let single steps write the new state where the old one is."""
-    global _in_place
-    before, _in_place = _in_place, True
+    before = _in_place.set(True)
     try:
         yield
     finally:
-        _in_place = before
+        _in_place.reset(before)
 
 
 def captured(x: Tensor) -> bool:
     """Return whether a step is being taken ``in_place`` where kernels run."""
-    return _in_place and not reason and (x.is_cuda or interpreted)
+    return _in_place.get() and not reason and (x.is_cuda or interpreted)
 
 
 def final_state(
@@ -140,7 +144,7 @@ def final_state(
 ) -> Tensor:
     """Return memory for a final state: that of the initial one for a ``single`` step ``in_place``, whose kernel must
     read all that a program writes, and no other program reads, before it writes."""
-    if _in_place and single and initial is not None and initial.dtype == dtype and initial.is_contiguous():
+    if _in_place.get() and single and initial is not None and initial.dtype == dtype and initial.is_contiguous():
         if not initial.is_conj():
             return initial
     return like.new_empty(shape, dtype=dtype)
@@ -203,6 +207,12 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **opt
         return
     with torch.cuda.device(x.device):
         kernel[grid](x, *arguments, **options)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return rows ``[b t … n]`` of numbers side by side, so near that 32 bits hold offsets in a tile of 128 steps."""
+    x = native.in_rows(x)
+    return x if x.stride(1) < 1 << 24 else x.contiguous()
 
 
 def cdiv(x: int, y: int) -> int:

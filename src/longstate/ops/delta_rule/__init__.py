@@ -84,7 +84,8 @@ def delta_rule(
         q, k, v, beta = (zero_where_invalid(x, valid) for x in (q, k, v, beta))
         log_decay = None if log_decay is None else zero_where_invalid(log_decay, valid)
     given = (q, k, v, log_decay, initial, beta)
-    backend = choose("delta_rule", backend, {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)})
+    refusals = {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given, keys=width)}
+    backend = choose("delta_rule", backend, refusals)
     if backend in _fused.KEEP:
         around = (None, start, True, _fused.KEEP[backend] if differentiated(*given) else 0, False)
         y, final, _ = call("written_linear_attention", *given, *around, backend=backend)

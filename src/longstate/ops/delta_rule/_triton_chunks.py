@@ -15,7 +15,7 @@ def place(heads, chunks):
     """Return batch, chunk and head of this program, heads side by side, and where its chunk is among all of them."""
     program = tl.program_id(0)
     head, n, batch = program % heads, program // heads % chunks, (program // heads // chunks).to(tl.int64)
-    return batch, n.to(tl.int64), head, (batch * heads + head) * chunks + n
+    return batch, n.to(tl.int64), head.to(tl.int64), (batch * heads + head) * chunks + n
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def rows_of(
         more = -tl.sum(of_key, 1)
         if part == 0:
             more += tl.load(of_beta + ((batch * chunks + n) * C + row) * heads + head)
-        tl.store(grad_beta + part * batches * length * heads + offset, more, mask=row < rows)
+        tl.store(grad_beta + tl.cast(part, tl.int64) * batches * length * heads + offset, more, mask=row < rows)
         if grad_g is not None:
             change = query.to(tl.float32) * asked - strength[:, None] * of_key - key.to(tl.float32) * source
             end = tl.sum(key.to(tl.float32) * wrote, 0) + tl.where(through == 0, 0.0, through * together)
@@ -201,7 +201,7 @@ def rows_of(
             else:
                 decay = tl.sum(change, 1) + tl.where(row == C - 1, tl.sum(end, 0), 0.0)
                 decay = tl.cumsum(decay, 0, reverse=True)
-                tl.store(grad_g + part * batches * length * heads + offset, decay, mask=row < rows)
+                tl.store(grad_g + tl.cast(part, tl.int64) * batches * length * heads + offset, decay, mask=row < rows)
         d_query += asked
         d_key += source - strength[:, None] * reader
     at = ((batch * length + n * C) * groups + group) * K

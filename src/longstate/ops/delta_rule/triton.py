@@ -66,7 +66,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, log_decay (empty if there is none), the initial state and β; and no more."""
     x = _Chunks(q, k, v, log_decay, beta, start)
-    grad = _in_rows(grad)
+    grad = _triton.rows(grad)
     parts = x.prepare(grad)
     states = x.walk_from(parts, kept.contiguous(), keep // x.C, None, keep, None)
     laters, grad_initial = x.walk_back(parts, grad, None if grad_final is None else grad_final.float().contiguous())
@@ -99,7 +99,7 @@ class _Chunks:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, start: Tensor | None
     ) -> None:
         (self.batch, self.length, self.groups, self.K), (_, _, self.heads, self.P) = q.shape, v.shape
-        self.q, self.k, self.v, self.beta = _in_rows(q), _in_rows(k), _in_rows(v), beta
+        self.q, self.k, self.v, self.beta = _triton.rows(q), _triton.rows(k), _triton.rows(v), beta
         self.start = None if start is None else start.contiguous()
         self.log_decay = log_decay
         self.by_channel = log_decay is not None and log_decay.ndim == 4
@@ -135,7 +135,7 @@ class _Chunks:
     def step(self, initial: Tensor | None, y: Tensor, final: Tensor) -> None:
         tiles = self.tiles(_triton_tiles.STEP)
         grid = (self.batch * self.heads, _triton.cdiv(self.P, tiles["PB"]))
-        decay = None if self.log_decay is None else _in_rows(self.log_decay) if self.by_channel else self.log_decay
+        decay = None if self.log_decay is None else _triton.rows(self.log_decay) if self.by_channel else self.log_decay
         given = (self.q, self.k, self.v, self.beta, decay)
         _triton.launch(
             _triton_walk.step, grid, self.q, *given[1:], self.start, initial, y, final, *_strides(*given),
@@ -148,7 +148,7 @@ class _Chunks:
         if self.log_decay is None or not self.by_channel:
             return self.log_decay
         tiles = self.tiles(_triton_tiles.PREPARE_BY_CHANNEL)
-        decay, sums = _in_rows(self.log_decay), self.scratch(self.K, torch.float32)
+        decay, sums = _triton.rows(self.log_decay), self.scratch(self.K, torch.float32)
         _triton.launch(
             _triton_chunks.sums,
             (self.batch * self.heads * self.chunks, _triton.cdiv(self.K, tiles["KB"])),
@@ -339,11 +339,6 @@ class _Chunks:
         elif not self.by_channel:
             grad_g = grad_g.sum(0).to(self.log_decay.dtype)
         return grad_q, grad_k, grad_v, grad_g, grad_beta.sum(0).to(self.beta.dtype)
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """Return ``[… n]`` with its last axis side by side; a copy if it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -61,11 +61,12 @@ def _solve(G: Tensor, s: Tensor) -> Tensor:
     if rank == 1:
         return s / (1 + G)
     if rank == 2:  # Cramer's rule: a library takes far longer for matrices so small
-        a, b, c, d = (G + torch.tensor([1, 0, 0, 1], dtype=G.dtype, device=G.device)).unbind(-1)
+        a, b, c, d = (G + torch.eye(2, dtype=G.dtype, device=G.device).flatten()).unbind(-1)
         first, second = s.unbind(-1)
         return torch.stack([d * first - b * second, a * second - c * first], -1) / (a * d - b * c)[..., None]
     identity = torch.eye(rank, dtype=G.dtype, device=G.device)
-    return torch.linalg.solve(identity + G.unflatten(-1, (rank, rank)), s)
+    # Without a look at errors, for which a GPU would have to be waited for.
+    return torch.linalg.solve_ex(identity + G.unflatten(-1, (rank, rank)), s)[0]
 
 
 def _read(x: Tensor, M: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def _convolved(x, taps, tap_bias, window, o, FIRST, WIDTH, TAPS: tl.constexpr):
         y += tl.load(taps + c * TAPS + j, mask=known, other=0).to(tl.float32) * before
         later = later + (before,)
     later = later + (x,)
+    tl.debug_barrier()  # several warps may hold the same outputs: all have read the window before one writes
     for j in tl.static_range(TAPS - 1):
         tl.store(window + j * WIDTH + c, later[j + 1].to(window.dtype.element_ty), mask=known)
     return tl.where(known, y * sigmoid(y), x)

@@ -77,7 +77,7 @@ def linear_attention(
         if log_decay is not None:
             log_decay = zero_where_invalid(log_decay.expand(steps) if log_decay.ndim == 1 else log_decay, valid)
     given = (q, k, v, log_decay, initial, dt, D)
-    refusals = {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given)}
+    refusals = {"cpu": cpu.refusal(*given), "triton": _triton.refusal(*given, keys=width)}
     backend = choose("linear_attention", backend, refusals)
     if backend in _fused.KEEP:
         narrow = _fused.narrow(backend, q, k, v, log_decay)

@@ -19,6 +19,7 @@ from ._triton_chunks import (
     first_steps,
     log2_decays,
     operand,
+    position,
     product,
     steps_of,
     store_tile,
@@ -41,8 +42,8 @@ def prepare(
         k_out: k_sk e^{G_ck − G_sk}, 0 where the chunk's end is of another document: ``[b t h k]``.
         through: e^{G_ck}, likewise: ``[b h j k]``.
     """
-    i, chunks = tl.program_id(1), tl.num_programs(1)
-    pair = tl.program_id(0).to(tl.int64)
+    pair, i, _, chunks = position(T, CHUNK)
+    pair = pair.to(tl.int64)
     batch, head, group = pair // H, pair % H, pair % H // SHARED
     first, height, rows = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK)
     q, k = (
@@ -97,8 +98,8 @@ def value_gradients(
     ∂(Δ_s v_s) = Σ_t scores_ts ∂y_t + Lᵀ k_s e^{G_c − G_s} with the adjoint L of the state after the chunk, and ∂scores
     = Δ_s ∂y_t · v_s for s ≤ t of one document.
     """
-    i, chunks = tl.program_id(1), tl.num_programs(1)
-    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    pair, i, pairs, chunks = position(T, CHUNK)
+    pair = pair.to(tl.int64)
     batch, head = pair // H, pair % H
     first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
     dy, v = (
@@ -186,10 +187,11 @@ def key_gradients(
     With N = ∂scores, ∂q_t = Σ_s N_ts e^{G_t − G_s} k_s + e^{G_t} S ∂y_t and ∂k_s = Σ_t N_ts e^{G_t − G_s} q_t + e^{G_c
     − G_s} Δ_s L v_s; ∂G = q ∘ ∂q − k ∘ ∂k, and at the chunk's end what is sensitive to L.
     """
-    blocks, i = tl.cdiv(K, KEYS), tl.program_id(1)
-    pair, pairs = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
+    line, i, lines, _ = position(T, CHUNK)
+    blocks = tl.cdiv(K, KEYS)
+    pair, pairs = (line // blocks).to(tl.int64), lines // blocks
     batch, head = pair // H, pair % H
-    keys = (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
+    keys = (line % blocks) * KEYS + tl.arange(0, KEYS)
     first, height, rows, group = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), head // SHARED
     block, at = (rows // SUB)[:, None], (i * pairs + pair) * K * P
     q, k = (

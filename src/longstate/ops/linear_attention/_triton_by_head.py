@@ -25,6 +25,7 @@ from ._triton_chunks import (
     first_steps,
     moved,
     operand,
+    position,
     product,
     steps_of,
     store_tile,
@@ -72,9 +73,9 @@ def half(
     u, z, own, x, high, low, dt, D, document, states, opposite, gradient, dv, dg, ddt, dD, u_batch,
     u_step: tl.constexpr, u_head, z_batch, z_step: tl.constexpr, z_head, own_batch, own_step: tl.constexpr, own_group,
     x_batch, x_step: tl.constexpr, x_group, dt_batch, dt_step: tl.constexpr, dt_head, D_head, D_value: tl.constexpr,
-    line, T, H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PIECES: tl.constexpr,
-    FIXED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
-    REVERSE: tl.constexpr, APART: tl.constexpr,
+    line, i, batches, chunks, T, H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    PIECES: tl.constexpr, FIXED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, REVERSE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Compute what follows from states before a chunk, ∂q and its part of ∂G; in ``REVERSE``, what follows from the
     adjoints of those after it: the other gradients.
@@ -86,10 +87,10 @@ def half(
         u: ∂y, and z is v, own is q and x is k; in ``REVERSE``, v, ∂y, k and q.
         gradient: That of ``own``.
         APART: Whether the chunk has no state of its own.
-        line: The number of sequence, group and piece.
+        line: The number of sequence, group and piece; ``i`` that of the chunk.
     """
-    i, chunks, piece, shared = tl.program_id(1), tl.num_programs(1), line % PIECES, (line // PIECES).to(tl.int64)
-    batch, group, batches = shared // GROUPS, shared % GROUPS, tl.num_programs(0) // (2 * PIECES * GROUPS)
+    piece, shared = line % PIECES, (line // PIECES).to(tl.int64)
+    batch, group = shared // GROUPS, shared % GROUPS
     other = tl.minimum(i + 1, chunks - 1) if REVERSE else tl.maximum(i - 1, 0)  # itself, for the last without one
     first, height, rows, keys = i.to(tl.int64) * CHUNK, T - i * CHUNK, tl.arange(0, CHUNK), tl.arange(0, KEYS)
     begin, more = other.to(tl.int64) * CHUNK, tl.where(other == i, 0, T - other * CHUNK)
@@ -185,9 +186,9 @@ def half(
 
 
 @triton.jit
-def of_its_pair(given, REVERSE: tl.constexpr):
-    """Compute a half of the chunk that the program is of; see ``half``."""
-    if tl.program_id(1) % 2 == (0 if REVERSE else 1):
+def of_its_pair(i, given, REVERSE: tl.constexpr):
+    """Compute a half of chunk i; see ``half``."""
+    if i % 2 == (0 if REVERSE else 1):
         half(*given, REVERSE, True)
     else:
         half(*given, REVERSE, False)
@@ -212,24 +213,27 @@ def gradients(
         dD: Sums of ∂y v over chunks ``[b j h p]``.
         PIECES: Into how many pieces the heads of a group are cut.
     """
-    line, part = tl.program_id(0) // 2, 0
+    line, i, lines, chunks = position(T, CHUNK)
+    reverse, line, batches, part = line % 2, line // 2, lines // (2 * PIECES * GROUPS), 0
     if dg is not None:
-        part = tl.num_programs(0) // (2 * PIECES * GROUPS) * (tl.num_programs(1) if FIXED else T) * H
-    if tl.program_id(0) % 2 == 0:
+        part = batches.to(tl.int64) * (chunks if FIXED else T) * H
+    if reverse == 0:
         of_its_pair(
+            i,
             (
                 dy, v, q, k, high, low, dt, None, document, states, later, dq, None, dg, None, None,
                 dy_batch, dy_step, dy_head, v_batch, v_step, v_head, q_batch, q_step, q_group, k_batch, k_step,
-                k_group, dt_batch, dt_step, dt_head, 0, 0, line,
-                T, H, GROUPS, K, P, PIECES, FIXED, CHUNK, KEYS, VALUES, PRECISION,
+                k_group, dt_batch, dt_step, dt_head, 0, 0, line, i,
+                batches, chunks, T, H, GROUPS, K, P, PIECES, FIXED, CHUNK, KEYS, VALUES, PRECISION,
             ), False
         )  # fmt: skip
     else:
         of_its_pair(
+            i,
             (
                 v, dy, k, q, high, low, dt, D, document, later, states, dk, dv, None if dg is None else dg + part, ddt,
                 dD, v_batch, v_step, v_head, dy_batch, dy_step, dy_head, k_batch, k_step, k_group, q_batch, q_step,
-                q_group, dt_batch, dt_step, dt_head, D_head, D_value, line,
-                T, H, GROUPS, K, P, PIECES, FIXED, CHUNK, KEYS, VALUES, PRECISION,
+                q_group, dt_batch, dt_step, dt_head, D_head, D_value, line, i,
+                batches, chunks, T, H, GROUPS, K, P, PIECES, FIXED, CHUNK, KEYS, VALUES, PRECISION,
             ), True
         )  # fmt: skip

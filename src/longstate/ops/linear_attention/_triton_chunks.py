@@ -22,7 +22,7 @@ def product(a, b, PRECISION: tl.constexpr, to=None):
     """Return a matrix product, summed in float32, added ``to`` what is given.
 
     Two of bfloat16 are multiplied as they are. Others are first written as float32, and multiplied as exactly as
-    ``PRECISION`` says: "tf32" holds every float16.
+    ``PRECISION`` says: "tf32" holds every float16, and cuts off other numbers after ten bits.
     """
     if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16 and not INTERPRETED:
         return tl.dot(a, b, to)
@@ -62,17 +62,27 @@ def log2_decays(g, rows, columns, step, height, width):
 
 
 @triton.jit
+def position(T, CHUNK: tl.constexpr):
+    """Return the line (of sequences and heads) and the chunk of a program of a grid of lines × chunks, and how many
+    there are of each. Only the first side of a grid may be long."""
+    chunks = tl.cdiv(T, CHUNK)
+    lines = tl.num_programs(0) // chunks
+    return tl.program_id(0) % lines, tl.program_id(0) // lines, lines, chunks
+
+
+@triton.jit
 def running_sums(g, high, low, g_batch, g_step, g_head, T, H, CHUNK: tl.constexpr):
     """Write the running sums in each chunk of log decays ``[b t h]``, padded to whole chunks: ``[b h j c]``.
 
     They come in two parts, whose differences are exact to 2⁻²⁴: the first is of multiples of 2⁻⁸ and has no roundings,
     |G| ≤ 126 · 256; the second rises, to 1 at most. Without ``low``, the whole is rounded as usual.
     """
-    pair, i, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, CHUNK)
+    pair, i, _, chunks = position(T, CHUNK)
+    pair, rows = pair.to(tl.int64), tl.arange(0, CHUNK)
     first = i.to(tl.int64) * CHUNK
     log2 = steps_of(g + pair // H * g_batch + pair % H * g_head + first * g_step, rows, g_step, T - i * CHUNK)
     log2 = tl.maximum(log2 * LOG2E, -126.0)
-    at = (pair * tl.num_programs(1) + i) * CHUNK + rows
+    at = (pair * chunks + i) * CHUNK + rows
     if low is not None:
         coarse = tl.floor(log2 * 256.0) * (1.0 / 256.0)
         tl.store(low + at, tl.cumsum(log2 - coarse, 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ... import native
 from ..._shapes import Tensor
 from .. import _triton
 from .._triton import Tiles, cdiv, power_of_2
@@ -30,11 +29,11 @@ class Given:
         self.shared = self.heads // self.groups
         self.state = (self.batch, self.heads, self.keys, self.values)
         self.by_channel, self.fixed = (log_decay is not None and log_decay.ndim == n for n in (4, 1))
-        self.q, self.k, self.v = (native.in_rows(x) for x in (q, k, v))
+        self.q, self.k, self.v = (_triton.rows(x) for x in (q, k, v))
         self.g, self.dt = log_decay, dt
         if log_decay is not None:
             self.g = log_decay.expand(v.shape[:3]) if self.fixed else log_decay
-            self.g = native.in_rows(log_decay) if self.by_channel else self.g
+            self.g = _triton.rows(log_decay) if self.by_channel else self.g
         self.D = None if D is None else D.view(self.heads, -1).expand(self.heads, self.values)
         # The document that each step is of: starts are where neighbours differ.
         self.document = None if start is None else start.cumsum(1, dtype=torch.int32)
@@ -44,7 +43,8 @@ class Given:
 
     @property
     def precision(self) -> str:
-        """How the kernels multiply what is not bfloat16: float16 is exact in tf32."""
+        """How the kernels multiply what is not bfloat16: float16 is exact in tf32, and what it
+        is multiplied with errs by 2⁻¹⁰."""
         return "ieee" if self.exact else "tf32"
 
     def operands(self) -> torch.dtype:
@@ -97,7 +97,7 @@ class Given:
         high = self.v.new_empty(shape, dtype=torch.float32)
         low = None if self.narrow else torch.empty_like(high)
         _triton.launch(
-            _triton_chunks.running_sums, (self.batch * self.heads, shape[2]),
+            _triton_chunks.running_sums, (self.batch * self.heads * shape[2],),
             self.g, high, low, *self.strides("g"), self.length, self.heads, CHUNK=chunk, num_warps=1,
         )  # fmt: skip
         return high, low
@@ -112,11 +112,14 @@ class Given:
             (self.batch, self.heads, self.length, chunk),
             dtype=torch.bfloat16 if self.v.dtype is torch.bfloat16 else torch.float32,
         )
-        q_into, k_out = self.q.new_empty(shape), self.k.new_empty(shape)
+        q_into, k_out = (  # with factors that would be lost in float16
+            x.new_empty(shape, dtype=torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32)
+            for x in (self.q, self.k)
+        )
         through = self.v.new_empty((self.batch, self.heads, chunks, self.keys), dtype=torch.float32)
         use = BY_CHANNEL[self.exact](self.v, keys=self.keys, values=self.values)
         _triton.launch(
-            _triton_by_channel.prepare, (self.batch * self.heads, chunks),
+            _triton_by_channel.prepare, (self.batch * self.heads * chunks,),
             self.q, self.k, self.g, self.document, scores, q_into, k_out, through, *self.strides("q", "k", "g"),
             self.length, self.heads, self.shared, self.keys,
             CHUNK=chunk, SUB=sub(chunk), KEYS=min(use["KEYS"], power_of_2(self.keys, 16)),

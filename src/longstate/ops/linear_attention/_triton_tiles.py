@@ -12,7 +12,8 @@ def _tiles(kernel: str, exact: bool, **default: int) -> Tiles:
     """Declare tiles of a kernel; of its form that multiplies float32, which has a row of its own in the table."""
     name = f"linear_attention.{kernel}" + (".float32" if exact else "")
     space = dict(_CHUNKS)
-    space |= {name: (size // 2, size, 2 * size) for name, size in default.items() if name in ("KEYS", "VALUES")}
+    sides = {name: size for name, size in default.items() if name in ("KEYS", "VALUES")}
+    space |= {name: (max(16, size // 2), size, 2 * size) for name, size in sides.items()}  # products need 16
     if "PROGRAMS" in default:
         space["PROGRAMS"] = (132, 264, 528)
     small = {name: size for name, size in _SMALL.items() if name in default}

@@ -101,7 +101,7 @@ def linear_attention_backward(
 
         assert dt is not None  # β
         return delta.delta_rule_backward(grad, grad_final, q, k, v, log_decay, dt, start, kept, keep)
-    given, grad = Given(q, k, v, log_decay, dt, D, start), native.in_rows(grad)
+    given, grad = Given(q, k, v, log_decay, dt, D, start), _triton.rows(grad)
     chunk = given.chunk(BY_CHANNEL if given.by_channel else BY_HEAD, keep)
     prepared, chunks = given.prepared(chunk), cdiv(given.length, chunk)
     between = 1 if given.by_channel else 2
@@ -236,7 +236,7 @@ def _by_head(
     parts = (pieces, given.batch, given.length, given.groups, given.keys)
     grad_q, grad_k = (x.new_empty(parts, dtype=x.dtype if pieces == 1 else torch.float32) for x in (given.q, given.k))
     _triton.launch(
-        _triton_by_head.gradients, (2 * given.batch * given.groups * pieces, chunks),
+        _triton_by_head.gradients, (2 * given.batch * given.groups * pieces * chunks,),
         grad, given.v, given.q, given.k, *sums, given.dt, given.D, given.document, states, later,
         grad_q, grad_k, grad_v, grad_g, grad_dt, grad_D,
         *grad.stride()[:3], *given.strides("v", "q", "k", "dt"), *given.skips(),
@@ -269,7 +269,7 @@ def _by_channel(
     )  # fmt: skip
     d_scores = torch.empty_like(scores)
     _triton.launch(
-        _triton_by_channel.value_gradients, (pairs, chunks),
+        _triton_by_channel.value_gradients, (pairs * chunks,),
         grad, given.v, given.dt, given.D, given.document, scores, k_out, later, d_scores, grad_v, grad_dt, grad_D,
         *grad.stride()[:3], *given.strides("v", "dt"), *given.skips(),
         given.length, given.heads, given.keys, given.values, KEYS=width, **options,
@@ -281,7 +281,7 @@ def _by_channel(
     )
     grad_g = given.g.new_empty(given.g.shape)
     _triton.launch(
-        _triton_by_channel.key_gradients, (pairs * cdiv(given.keys, keys), chunks),
+        _triton_by_channel.key_gradients, (pairs * cdiv(given.keys, keys) * chunks,),
         grad, given.q, given.k, given.v, given.g, given.dt, given.document, d_scores, states, later,
         grad_q, grad_k, grad_g, *grad.stride()[:3], *given.strides("q", "k", "v", "g", "dt"),
         given.length, given.heads, given.shared, given.keys, given.values, SUB=sub(chunk), KEYS=keys, **options,

@@ -99,17 +99,18 @@ def _carry_on(hr, hi, ends, at, plane, there):
     er, ei = tl.load(ends + at, there, 0.0), tl.load(ends + plane + at, there, 0.0)
     ar, ai = tl.load(ends + 2 * plane + at, there, 0.0), tl.load(ends + 3 * plane + at, there, 0.0)
     goes_on = tl.load(ends + 4 * plane + at, there, 0.0) == 0
+    goes_on &= (hr != 0) | (hi != 0)  # a product of coefficients may be infinite where none of them is
     return tl.where(goes_on, ar * hr - ai * hi, 0.0) + er, tl.where(goes_on, ar * hi + ai * hr, 0.0) + ei
 
 
 @triton.jit
-def _before(initial, ends, hr, hi, batch, segment, plane, width, c, known, PAIRS: tl.constexpr):
+def _before(initial, ends, hr, hi, batch, batches, segment, plane, width, c, known, PAIRS: tl.constexpr):
     """Return the state before a segment, from the initial one (or zero, given) and the ends of those before."""
     if initial is not None:
         hr, hi = _read(initial, batch * width + c, known, PAIRS)
     if ends is not None:
         for j in range(segment):
-            end = (tl.cast(j, tl.int64) * tl.num_programs(1) + batch) * width + c
+            end = (tl.cast(j, tl.int64) * batches + batch) * width + c
             hr, hi = _carry_on(hr, hi, ends, end, plane, known)
     return hr, hi
 
@@ -140,9 +141,17 @@ def _store_end(ends, plane, hr, hi, pr, pi, anew, known):
 
 
 @triton.jit
+def _position(batches):
+    """Return the piece of the channels, the sequence and the segment of time of a program of a grid (pieces × batches,
+    segments), and how many pieces and segments there are. Only the first side of a grid may be long."""
+    pieces = tl.num_programs(0) // batches
+    return tl.program_id(0) % pieces, (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+
+
+@triton.jit
 def _run(
     b, a, initial, start, valid, h, final, ends, grad_a, states, first_state, before, b_batch, b_row, a_batch, a_row,
-    length, width, span,
+    batches, length, width, span,
     BACK: tl.constexpr, FIXED: tl.constexpr, PAIRS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Run h_t = a_t h_{t−1} + b_t in one segment of ``span`` steps. Without h: the segment's end from zero, the product
@@ -152,14 +161,14 @@ def _run(
     step more, before the first, gives the gradient of the initial state. The states h_t are in ``states``, the first of
     all in ``first_state``; ``before`` says which of them is h_{t−1}, where that is not t − 1.
     """
-    batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    piece, batch, segment, segments = _position(batches)
+    c = piece * WIDTH + tl.arange(0, WIDTH)
     known, size = c < width, tl.cast(width, tl.int64)
-    plane = tl.num_programs(2) * tl.num_programs(1) * size
+    plane = segments * batches * size
     hr, hi = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
     pr, pi, sum_r, sum_i, lost_r, lost_i, anew = hr + 1, hi, hr, hi, hr, hi, 0
     if h is not None:
-        hr, hi = _before(initial, ends, hr, hi, batch, segment, plane, width, c, known, PAIRS)
+        hr, hi = _before(initial, ends, hr, hi, batch, batches, segment, plane, width, c, known, PAIRS)
     row = tl.arange(0, STEPS)
     way = -row if BACK else row
     count = length + (1 if BACK else 0)
@@ -212,13 +221,14 @@ def _run(
                     sum_r, sum_i = sum_r + xr, sum_i + xi
                 else:
                     _write(grad_a + rows, at, gr, gi, there, PAIRS)
-    part = (tl.cast(segment, tl.int64) * tl.num_programs(1) + batch) * width
+    part = (tl.cast(segment, tl.int64) * batches + batch) * width
     if h is None:
         _store_end(ends + part + c, plane, hr, hi, pr, pi, anew, known)
     else:
         if FIXED and BACK:
             _write(grad_a, part + c, sum_r, sum_i, known, PAIRS)
-        if segment == tl.num_programs(2) - 1:
+        if segment == segments - 1:
+            tl.debug_barrier()  # it may lie where the initial state does, which all warps have read then
             _write(final, batch * size + c, hr, hi, known, PAIRS)
 
 
@@ -271,12 +281,12 @@ def _launch(
     (batch, length, width), pairs, back = rows.shape, b.is_complex(), past is not None
     coefficients = native.in_rows(a.resolve_conj().reshape(1, 1, -1)) if fixed else _rows(a)
     use, grid, span = _split(b, batch, length + back, width, pairs or back)
-    grad_a = a.new_empty((grid[2] * batch, width) if fixed else a.shape, dtype=final.dtype if fixed else a.dtype)
+    grad_a = a.new_empty((grid[1] * batch, width) if fixed else a.shape, dtype=final.dtype if fixed else a.dtype)
     strides = [*rows.stride()[:2], *coefficients.stride()[:2]]
     inputs = (_numbers(initial), *(native.side_by_side(x) for x in (start, valid)))
     states, first, before = past if past is not None else (None, None, None)
     behind = (_numbers(grad_a) if back else None, _numbers(states), _numbers(first), before)
-    sizes = (*strides, length, width, span)
+    sizes = (*strides, batch, length, width, span)
     flags = (back, fixed, pairs, use["steps"], use["width"])
 
     def start_kernel(
@@ -286,8 +296,8 @@ def _launch(
         _triton.launch(_run, grid, _bits(rows), *arguments, *sizes, *flags, num_warps=use["warps"])
 
     ends = None
-    if grid[2] > 1:
-        ends = b.new_empty((5, grid[2], batch, width), dtype=torch.float32)
+    if grid[1] > 1:
+        ends = b.new_empty((5, grid[1], batch, width), dtype=torch.float32)
         start_kernel(None, None, ends, (None,) * 4)
     start_kernel(h, final, ends, behind)
     return grad_a
@@ -297,7 +307,7 @@ def _rows(x: Tensor) -> Tensor:
     """Return ``[b t …]`` as rows ``[b t n]`` of numbers side by side."""
     if x.ndim != 3:
         x = x.flatten(2) if x.ndim > 3 else x.unsqueeze(2)
-    return native.in_rows(x.resolve_conj())
+    return _triton.rows(x.resolve_conj())
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:
@@ -309,10 +319,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int64) if x.is_complex() else x
 
 
-def _split(
-    x: Tensor, batch: int, length: int, width: int, wide: bool
-) -> tuple[dict[str, int], tuple[int, int, int], int]:
-    """Return the tile, the grid (channels, sequences, segments of time) and the steps of a segment."""
+def _split(x: Tensor, batch: int, length: int, width: int, wide: bool) -> tuple[dict[str, int], tuple[int, int], int]:
+    """Return the tile, the grid (pieces of the channels × sequences, segments of time) and the steps of a segment."""
     use = TILES(x, batch=batch, length=length, width=width)
     use["steps"] = min(use["steps"] // (2 if wide else 1), _triton.power_of_2(length))  # so that registers suffice
     across = _triton.cdiv(width, use["width"])
@@ -321,4 +329,4 @@ def _split(
     segments = min(use["programs"] // max(1, across * batch), _triton.cdiv(length, least))
     span = _triton.cdiv(length, segments) if segments > 2 else length
     span = max(_triton.cdiv(span, use["steps"]), 1) * use["steps"]
-    return use, (across, batch, max(1, _triton.cdiv(length, span))), span
+    return use, (across * batch, max(1, _triton.cdiv(length, span))), span

@@ -32,7 +32,7 @@ def _places(width, states, row, R: tl.constexpr, S: tl.constexpr, W: tl.constexp
     are."""
     r, s = tl.arange(0, R)[:, None, None, None, None], tl.arange(0, S)[None, :, None, None, None]
     w, m = tl.arange(0, W)[None, None, :, None, None], tl.arange(0, M)[None, None, None, :, None]
-    channel = ((tl.program_id(0) * W + w) * L + tl.arange(0, L)[None, None, None, None, :]) * R + r
+    channel = ((tl.program_id(1) * W + w) * L + tl.arange(0, L)[None, None, None, None, :]) * R + r
     n = m * S + s
     return channel * row + n, (channel < width) & (n < states)
 
@@ -130,7 +130,7 @@ def _after(grad_final, ends, decays, b, segment, sizes, at, there):
         mu = tl.load(grad_final + b * sizes + at, there, 0.0)
     if ends is not None:
         for i in range(tl.num_programs(2) - 1, segment, -1):
-            mu = carry_on(mu, ends + b * sizes, decays + b * sizes, i, sizes * tl.num_programs(1), at, there)
+            mu = carry_on(mu, ends + b * sizes, decays + b * sizes, i, sizes * tl.num_programs(0), at, there)
     return settle(mu)
 
 
@@ -142,8 +142,8 @@ def _ends(
     R: tl.constexpr, S: tl.constexpr, W: tl.constexpr, M: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Store e^z λ before each segment of ``span`` steps from zero after it, and the segment's decay."""
-    b, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    c = tl.program_id(0) * (W * L * R) + tl.arange(0, W * L * R)
+    b, segment = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    c = tl.program_id(1) * (W * L * R) + tl.arange(0, W * L * R)
     at, there = _places(width, states, A_row, R, S, W, M, L)
     rate = settle(read_rates(A, at, there, LOG_A) * LOG2E)
     n, row = tl.arange(0, M * S)[None, :], tl.arange(0, T)
@@ -167,7 +167,7 @@ def _ends(
             mu = _left(starts, i, tl.exp2(delta[i] * rate) * (mu + C_t[i] * g[i]))
             power += delta[i] * rate
     at, there = _places(width, states, states, R, S, W, M, L)
-    part = (tl.cast(segment, tl.int64) * tl.num_programs(1) + b) * width * states
+    part = (tl.cast(segment, tl.int64) * tl.num_programs(0) + b) * width * states
     store_end(mu, ends, decays, power, any_start, part, at, there)
 
 
@@ -195,8 +195,8 @@ def _store_sums(
     LOG_A: tl.constexpr,
 ):  # fmt: skip
     """Store a segment's sums over time, and the first segment's gradient of the initial state."""
-    b, segment, sizes = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.cast(width, tl.int64) * states
-    part = tl.cast(segment, tl.int64) * tl.num_programs(1) + b
+    b, segment, sizes = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.cast(width, tl.int64) * states
+    part = tl.cast(segment, tl.int64) * tl.num_programs(0) + b
     if LOG_A:
         sum_A *= rate * (1 / LOG2E)
     tl.store(grad_A + part * sizes + at, sum_A, there)
@@ -224,8 +224,8 @@ def _backward(
     λ_t = C_t g_t + e^z_{t+1} λ_{t+1},    ∂B_t = Σ λ_t x_t,    ∂C_t = Σ h_t g_t    (over channels)
     ∂x_t = Σ B_t λ_t,    ∂z_t = λ_t e^z_t h_{t−1},    ∂Δ_t = u_t ∂x_t + Σ A ∂z_t    (over states)
     """
-    b, segment, batches = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(1)
-    c = tl.program_id(0) * (W * L * R) + tl.arange(0, W * L * R)
+    b, segment, batches = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(0)
+    c = tl.program_id(1) * (W * L * R) + tl.arange(0, W * L * R)
     known, column, sizes = c < width, c[None], tl.cast(width, tl.int64) * states
     at, there = _places(width, states, A_row, R, S, W, M, L)
     rate = settle(read_rates(A, at, there, LOG_A) * LOG2E)
@@ -235,7 +235,7 @@ def _backward(
         start += b * length
     sum_D, sum_bias = tl.zeros([W * L * R], tl.float32), tl.zeros([W * L * R], tl.float32)
     n, row, begin = tl.arange(0, M * S)[None, :], tl.arange(0, T), segment * span
-    piece = tl.program_id(0).to(tl.int64) * batches + b
+    piece = tl.program_id(1).to(tl.int64) * batches + b
     tiles = tl.cdiv(tl.minimum(length, begin + span) - begin, T)
     for back in range(tiles):
         first = begin + (tiles - 1 - back) * T
@@ -307,13 +307,13 @@ def selective_scan_backward(
     (batch, length, width), n = u.shape, A.shape[1]
     N = _triton.power_of_2(n)
     use, tile, grid, span = _split(u, N, keep)
-    pieces, _, segments = grid
+    _, pieces, segments = grid
 
     def new(like: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return None if like is None else u.new_empty(shape, dtype=dtype)
 
-    rows = [native.in_rows(x.float() if x is B or x is C else x) for x in (u, dt, B, C)]
-    rows += [grad if gate is None else native.in_rows(gate), native.in_rows(grad)]
+    rows = [_triton.rows(x.float() if x is B or x is C else x) for x in (u, dt, B, C)]
+    rows += [grad if gate is None else _triton.rows(gate), _triton.rows(grad)]
     strides = [size for x in rows for size in x.stride()[:2]]
     grad_u, grad_dt = u.new_empty(u.shape), dt.new_empty(dt.shape)
     grad_gate = None if gate is None else gate.new_empty(gate.shape)
@@ -355,7 +355,7 @@ def selective_scan_backward(
 
 
 def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, ...], tuple[int, int, int], int]:
-    """Return how to run, the tile (T, R, S, W, M, L), the grid (pieces of the channels, sequences, segments of time)
+    """Return how to run, the tile (T, R, S, W, M, L), the grid (sequences, pieces of the channels, segments of time)
     and the steps of a segment."""
     batch, length, width = u.shape
     use = TILES(u, batch=batch, length=length, width=width, states=N)
@@ -370,4 +370,4 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, ...
     segments = min(2 * use["programs"] // max(1, batch * pieces), _triton.cdiv(length, least))
     span = _triton.cdiv(length, segments) if segments > 2 else length
     span = max(_triton.cdiv(span, keep) * keep, keep)
-    return use, tile, (pieces, batch, max(1, _triton.cdiv(length, span))), span
+    return use, tile, (batch, pieces, max(1, _triton.cdiv(length, span))), span

@@ -26,10 +26,10 @@ def read_rows(x, batch, by_batch, first, by_row, row, column, there):
 @triton.jit
 def carry_on(state, ends, decays, segment, stride, at, there):
     """Return the state after a segment: its end from zero, and what is left of the state before. A negative
-    decay stands for a start, which not even infinity passes."""
+    decay stands for a start, which not even infinity passes; nor does an infinite decay turn nothing into no number."""
     begin = tl.cast(segment, tl.int64) * stride
     decay = tl.load(decays + begin + at, there, 0.0)
-    return tl.where(decay < 0, 0.0, decay * state) + tl.load(ends + begin + at, there, 0.0)
+    return tl.where((decay < 0) | (state == 0), 0.0, decay * state) + tl.load(ends + begin + at, there, 0.0)
 
 
 @triton.jit

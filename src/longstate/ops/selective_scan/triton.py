@@ -75,8 +75,8 @@ def _forward(
     axis over the lanes of a warp and the next over the warps, so that a thread holds all steps of a tile: a scan over
     them is then the plain recurrence in registers.
     """
-    batch, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    channel, n, row = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, N), tl.arange(0, STEPS)
+    batch, segment = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    channel, n, row = tl.program_id(1) * L + tl.arange(0, L), tl.arange(0, N), tl.arange(0, STEPS)
     known = channel < width
     at, there = channel[None, :] * states + n[:, None], known[None, :] & (n < states)[:, None]
     sizes = tl.cast(width, tl.int64) * states
@@ -87,7 +87,7 @@ def _forward(
             h = tl.load(initial + batch * sizes + at, there, 0.0)
         if ends is not None:
             for before in range(segment):
-                stride = sizes * tl.num_programs(1)
+                stride = sizes * tl.num_programs(0)
                 h = carry_on(h, ends + batch * sizes, decays + batch * sizes, before, stride, at, there)
     end = tl.minimum(length, (segment + 1) * span)
     for first in tl.range(segment * span, end, STEPS, num_stages=STAGES):
@@ -105,7 +105,7 @@ def _forward(
         step = tl.where(mask, step, 0.0)
         if kept is not None:
             if first % keep == 0:
-                tl.store(kept + ((first // keep) * tl.num_programs(1) + batch) * sizes + at, h, there)
+                tl.store(kept + ((first // keep) * tl.num_programs(0) + batch) * sizes + at, h, there)
         a = tl.exp2(_pin(step)[:, None, :] * rate[None])
         x = _pin(step * u_t)[:, None, :] * _pin(B_t)[:, :, None]
         s = _marks(start, batch * length + first + row, now, a)
@@ -128,13 +128,14 @@ def _forward(
             tl.store(y + place, out.to(y.dtype.element_ty), mask)
     if y is None:
         store_end(
-            h, ends, decays, rate * time[None, :], starts, (segment * tl.num_programs(1) + batch) * sizes, at, there
+            h, ends, decays, rate * time[None, :], starts, (segment * tl.num_programs(0) + batch) * sizes, at, there
         )
     else:
         if segment == tl.num_programs(2) - 1:
+            tl.debug_barrier()  # it may lie where the initial state does, which all warps have read then
             tl.store(final + batch * sizes + at, h, there)
             if kept is not None:  # after the last tile too, where nothing reads it: all of it is written
-                tl.store(kept + (tl.cdiv(length, keep) * tl.num_programs(1) + batch) * sizes + at, h, there)
+                tl.store(kept + (tl.cdiv(length, keep) * tl.num_programs(0) + batch) * sizes + at, h, there)
 
 
 def selective_scan(
@@ -164,7 +165,7 @@ def selective_scan(
     kept = u.new_empty((_triton.cdiv(length, keep) + 1, *state) if keep else 0, dtype=torch.float32)
     if length > 16:  # their rows are read by each program: the conversion is better done once
         B, C = B.float(), C.float()
-    rows = [None if x is None else native.in_rows(x) for x in (u, dt, B, C, gate)]
+    rows = [None if x is None else _triton.rows(x) for x in (u, dt, B, C, gate)]
     A, initial, elapsed = native.in_rows(A), native.single(initial), native.single(elapsed)
     D, dt_bias, start = (native.side_by_side(x) for x in (D, dt_bias, start))
     N = _triton.power_of_2(n)
@@ -189,7 +190,7 @@ def selective_scan(
 
 
 def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, int, int], int]:
-    """Return the tile, the grid (channels, sequences, segments of time) and the steps of a segment."""
+    """Return the tile, the grid (sequences, pieces of the channels, segments of time) and the steps of a segment."""
     batch, length, width = u.shape
     use = TILES(u, batch=batch, length=length, width=width, states=N)
     least = min(8, use["lanes"])
@@ -205,4 +206,4 @@ def _split(u: Tensor, N: int, keep: int) -> tuple[dict[str, int], tuple[int, int
     span = _triton.cdiv(length, segments) if segments > 2 else length
     step = max(keep, use["steps"])
     span = max(_triton.cdiv(span, step) * step, step)
-    return use, (_triton.cdiv(width, use["lanes"]), batch, max(1, _triton.cdiv(length, span))), span
+    return use, (batch, _triton.cdiv(width, use["lanes"]), max(1, _triton.cdiv(length, span))), span

@@ -114,6 +114,8 @@ def _backward(
     n = tl.arange(0, STATES)
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     fine, fine_i = _powers(squares, n[None, :], j[:, None], states, stride, 0, LOW, PAIRS)
+    fine = tl.where(j[:, None] < length, fine, 0.0)  # of what grows: behind the end it may be infinite
+    fine_i = tl.where(j[:, None] < length, fine_i, 0.0)
     coarse, coarse_i = _powers(squares, n[None, :], i[:, None], states, stride, LOW, HIGH, PAIRS)
     here, here_i = _powers(squares, n[None, :], first, states, stride, LOW, BITS, PAIRS)
     step, step_i = _number(squares + HIGH * stride, n[None, :], states, PAIRS)
@@ -131,7 +133,7 @@ def _backward(
             a_i, b_i = tl.dot(g, fine_i, out_dtype=tl.float64), tl.dot(gj, fine_i, out_dtype=tl.float64)
             b_i += begin.to(tl.float64) * a_i
         left, left_i = _times(coarse, coarse_i, here, here_i, PAIRS)
-        left = tl.where(begin < length, left, 0.0)  # of what grows: behind the end it may be infinite
+        left = tl.where(begin < length, left, 0.0)  # likewise
         left_i = tl.where(begin < length, left_i, 0.0)
         a, a_i = _times(left, left_i, a, a_i, PAIRS)
         b, b_i = _times(left, left_i, b, b_i, PAIRS)
