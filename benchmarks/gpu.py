@@ -1,9 +1,11 @@
 """Speed on a GPU: every kernel beside its floor and its peers, decoding, and training; prints Markdown.
 
-    python benchmarks/gpu.py [--only PART,…] [--ops scan,…] [--repeats 20] [--quick]
+    python benchmarks/gpu.py [--only PART,…] [--ops scan,…] [--shapes b8] [--peers fla,…] [--repeats 20] [--quick]
 
 Parts: start, kernels, products, decode, train, attention. Peers, as far as they are installed: fla-core (pip install
-fla-core), mamba-ssm, causal-conv1d, transformers.
+fla-core), mamba-ssm, causal-conv1d, transformers. fla-core tries hundreds of
+configurations for each shape, a quarter of an hour for an op: --shapes takes those with such a part in their names.
+Rows are printed as they are found, and a part or a peer that fails says so; --peers none is ours alone.
 
 First the ceilings of the machine are measured: a copy of 4 GiB (bytes read and written) and a product of 8192 × 8192
 matrices in bfloat16. "start" times the first call of every kernel in a process of its own that finds nothing compiled.
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,25 +37,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import table, weight_bytes
+from measure import weight_bytes
 from torch import Tensor
 from torch.nn import functional
 
 from longstate import LanguageModel, ops
 from longstate import state as states
+from longstate.bench import _timing as timing
 from longstate.models.captured import CapturedStep
 
 PEERS = ("fla-core", "mamba-ssm", "causal-conv1d", "transformers", "triton")
 
 
 class Machine(NamedTuple):
-    """Where is measured, how fast it copies (bytes/s) and multiplies (operations/s), and how often is measured."""
+    """Where is measured, how fast it copies (bytes/s) and multiplies (operations/s), how often, and beside whom."""
 
     device: torch.device
     copies: float
     multiplies: float
     repeats: int
     quick: bool
+    peers: str
 
 
 class Problem(NamedTuple):
@@ -88,42 +93,41 @@ def poisoned() -> Iterator[None]:
 
 
 def seconds(machine: Machine, call: Callable[[], Any]) -> tuple[float, str]:
-    """Return the median time of a call, and "" or why it is not that of a graph."""
-    if machine.device.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin, "no GPU"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and lets peers choose among their configurations
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    run, why = call, ""
+    """Return the median time of a call, and "" or why it is not that of its kernels alone."""
+    return timing.seconds(machine.device, call, machine.repeats)
+
+
+def row(*cells: object) -> None:
+    """Print a row of a table at once: what comes after it may fail."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+@contextlib.contextmanager
+def rows(title: str, *head: str) -> Iterator[None]:
+    """Print the head of a table and, at the end, what ends it."""
+    print(f"### {title}\n")
+    row(*head)
+    row(*["---"] * len(head))
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        run = graph.replay
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        why = f"not captured: {str(error).splitlines()[0]:.60}"
-    cache = torch.empty(1 << 28, dtype=torch.uint8, device=machine.device)
-    times = []
-    for _ in range(machine.repeats):
-        cache.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times), why
+        yield
+    finally:
+        print(flush=True)
 
 
-def ceilings(device: torch.device, repeats: int, quick: bool) -> Machine:
+def reason(error: Exception) -> str:
+    """Return an error in a few words."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.80}"
+
+
+def beside(m: Machine, *names: str) -> list[str]:
+    """Return which of some peers are asked for and installed."""
+    asked = [name for name in names if not m.peers or name in m.peers.split(",")]
+    return [name for name in asked if name == "torch" or find_spec(name.replace("-", "_")) is not None]
+
+
+def ceilings(device: torch.device, repeats: int, quick: bool, peers: str) -> Machine:
     """Measure how fast memory is copied and matrices are multiplied."""
-    machine = Machine(device, 1.0, 1.0, repeats, quick)
+    machine = Machine(device, 1.0, 1.0, repeats, quick, peers)
     size, side = (1 << 20, 256) if quick else (1 << 31, 8192)
     x = torch.randn(size // 4, device=device)
     y = torch.empty_like(x)
@@ -340,56 +344,55 @@ def check(problem: Problem) -> tuple[float, float]:
     return error(found, truth), error(slopes, wanted)
 
 
-def kernels(m: Machine, only: list[str]) -> None:
+def kernels(m: Machine, only: list[str], part: str) -> None:
     """Check and time every kernel and its peers."""
+    head = ("shape", "", "error", "forward, µs", "of floor", "× ours", "with backward, µs", "of floor", "× ours")
     for op, cases in problems(m).items():
-        if only and op not in only:
-            continue
-        rows = []
-        for case in cases:
-            rows += measured(m, case)
-        print(f"### {op}\n")
-        head = ("shape", "", "error", "forward, µs", "of floor", "× ours", "with backward, µs", "of floor", "× ours")
-        table(head, *rows)
+        if not only or op in only:
+            with rows(op, *head):
+                for case in cases:
+                    if part in case.shape:
+                        measured(m, case)
 
 
-def measured(m: Machine, case: Problem) -> list[list[str]]:
-    """Return the rows of a problem: ours, then each peer that is installed."""
-    given = {name: x.detach().requires_grad_() for name, x in case.given.items()}
-    outputs = first(case.call(**case.given))
-    read, written = nbytes(*case.given.values()), nbytes(*outputs)
-    # Backward: inputs and the gradients of outputs are read, those of inputs written.
-    floors = [max(read + written, 0) / m.copies, (3 * read + 2 * written) / m.copies]
-    floors = [max(floors[0], case.products[0] / m.multiplies), max(floors[1], sum(case.products) / m.multiplies)]
-    rows, ours = [], [0.0, 0.0]
-    for name, call in {"Longstate": case.call, **case.peers}.items():
-        if name in ("fla", "mamba-ssm", "causal-conv1d") and find_spec(name.replace("-", "_")) is None:
-            continue
+def measured(m: Machine, case: Problem) -> None:
+    """Print the rows of a problem: ours, then each peer."""
+    ours = [0.0, 0.0]
+    for name, call in {"Longstate": case.call, **{peer: case.peers[peer] for peer in beside(m, *case.peers)}}.items():
         cells = [case.shape, name]
         try:
-            cells.append(
-                "{:.1e}, {:.1e}".format(*check(case))
-                if call is case.call
-                else f"{error(first(call(**case.given))[:1], [outputs[0].double()]):.1e}"
-            )
-            grads = [torch.randn_like(x) for x in first(call(**given))[:1]]
+            cells += _cells(m, case, call, ours)
+        except Exception as failure:  # the rest goes on
+            cells += [reason(failure)] + [""] * 6
+        row(*cells)
 
-            def forward(call: Callable[..., Any] = call) -> None:
-                with torch.no_grad():
-                    call(**case.given)
 
-            def both(call: Callable[..., Any] = call, grads: list[Tensor] = grads) -> None:
-                gradients(call, given, grads)
+def _cells(m: Machine, case: Problem, call: Callable[..., Any], ours: list[float]) -> list[str]:
+    """Return errors, times, shares of the floors and ratios of a call; ours writes its times down."""
+    given = {name: x.detach().requires_grad_() for name, x in case.given.items()}
+    with torch.no_grad():
+        outputs = first(case.call(**case.given))
+    read, written = nbytes(*case.given.values()), nbytes(*outputs)
+    # Backward: inputs and the gradients of outputs are read, those of inputs written.
+    floors = [(read + written) / m.copies, (3 * read + 2 * written) / m.copies]
+    floors = [max(floors[0], case.products[0] / m.multiplies), max(floors[1], sum(case.products) / m.multiplies)]
+    if call is case.call:
+        cells = ["{:.1e}, {:.1e}".format(*check(case))]
+    else:
+        cells = [f"{error(first(call(**case.given))[:1], [outputs[0].double()]):.1e}"]
+    grads = [torch.randn_like(x) for x in first(call(**given))[:1]]
 
-            for i, run in enumerate((forward, both)):
-                took, why = seconds(m, run)
-                ours[i] = took if call is case.call else ours[i]
-                cells += [f"{took * 1e6:,.0f}{'*' if why else ''}", f"{floors[i] / took:.0%}", f"{took / ours[i]:.2f}"]
-        except Exception as reason:  # a peer that does not run says so in the table, and the rest goes on
-            cells += [f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else '':.80}"]
-            cells += [""] * (9 - len(cells))
-        rows.append(cells)
-    return rows
+    def forward() -> None:
+        with torch.no_grad():
+            call(**case.given)
+
+    for i, run in enumerate((forward, lambda: gradients(call, given, grads))):
+        took, why = seconds(m, run)
+        if call is case.call:
+            ours[i] = took
+        ratio = f"{took / ours[i]:.2f}" if ours[i] else ""
+        cells += [f"{took * 1e6:,.0f}{'*' if why else ''}", f"{floors[i] / took:.0%}", ratio]
+    return cells
 
 
 def model(name: str, size: str, device: torch.device) -> LanguageModel:
@@ -434,22 +437,21 @@ def products(m: Machine) -> None:
         return
     from longstate.ops.linear.triton import Norm, Taps, product
 
-    rows = []
-    for inputs, outputs in (768, 3352), (1536, 768), (2048, 8512), (4096, 2048):
-        for batch in (1, 4, 8):
-            x, weight, gain = (randn(m, *shape) for shape in ((batch, inputs), (outputs, inputs), (inputs,)))
-            norm = Norm(gain, None, 1e-5, 1, 0.0, False)
-            width = outputs // 2
-            taps = Taps(randn(m, width, 4), randn(m, width), randn(m, batch, 3, width), outputs // 4)
-            ours = partial(product, x, weight, None, None, torch.bfloat16)
-            plain, _ = seconds(m, partial(functional.linear, x, weight))
-            alone, _ = seconds(m, ours)
-            whole, _ = seconds(m, partial(ours, norm=norm, taps=taps))
-            floor = nbytes(weight) / m.copies
-            times = (f"{1e6 * t:,.1f} ({floor / t:.0%})" for t in (plain, alone, whole))
-            rows.append((f"{inputs} → {outputs}", batch, f"{1e6 * floor:,.1f}", *times))
-    print("### Products of a token: µs, and how much of the speed of memory that is\n")
-    table(("weights", "sequences", "floor", "torch", "ours", "with norm and convolution"), *rows)
+    title = "Products of a token: µs, and how much of the speed of memory that is"
+    with rows(title, "weights", "sequences", "floor", "torch", "ours", "with norm and convolution"):
+        least, _ = seconds(m, torch.zeros(1, device=m.device).zero_)
+        row("none: a kernel that does nothing", "", f"{1e6 * least:,.1f}", "", "", "")
+        for inputs, outputs in (768, 3352), (1536, 768), (2048, 8512), (4096, 2048):
+            for batch in (1, 4, 8):
+                x, weight, gain = (randn(m, *shape) for shape in ((batch, inputs), (outputs, inputs), (inputs,)))
+                norm = Norm(gain, None, 1e-5, 1, 0.0, False)
+                width = outputs // 2
+                taps = Taps(randn(m, width, 4), randn(m, width), randn(m, batch, 3, width), outputs // 4)
+                ours = partial(product, x, weight, None, None, torch.bfloat16)
+                calls = partial(functional.linear, x, weight), ours, partial(ours, norm=norm, taps=taps)
+                floor = nbytes(weight) / m.copies
+                times = (f"{1e6 * t:,.1f} ({floor / t:.0%})" for t in (seconds(m, call)[0] for call in calls))
+                row(f"{inputs} → {outputs}", batch, f"{1e6 * floor:,.1f}", *times)
 
 
 _FIRST_CALLS = """
@@ -457,7 +459,7 @@ import sys, time, torch
 sys.path.insert(0, sys.argv[1])
 import gpu
 from longstate import ops
-machine = gpu.Machine(torch.device(sys.argv[2]), 1.0, 1.0, 1, True)
+machine = gpu.Machine(torch.device(sys.argv[2]), 1.0, 1.0, 1, True, "none")
 torch.zeros(1, device=machine.device) @ torch.zeros(1, 1, device=machine.device)
 for name, problems in gpu.problems(machine).items():
     begin = time.perf_counter()
@@ -478,48 +480,58 @@ def start(m: Machine) -> None:
         done = subprocess.run(
             [sys.executable, "-c", _FIRST_CALLS, str(here), m.device.type],
             env={**os.environ, "TRITON_CACHE_DIR": cache},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-    rows = [(name, float(took)) for name, took in map(str.split, done.stdout.splitlines())]
-    rows.append(("all", sum(took for _, took in rows)))
-    print("### First calls, forward and backward, with nothing compiled before\n")
-    table(("op", "s"), *((name, f"{took:.1f}") for name, took in rows))
+    found = [(name, float(took)) for name, took in map(str.split, done.stdout.splitlines())]
+    with rows("First calls, forward and backward, with nothing compiled before", "op", "s"):
+        for name, took in (*found, ("all", sum(took for _, took in found))):
+            row(name, f"{took:.1f}")
 
 
 def decode(m: Machine) -> None:
     """Time one token of each of a batch of sequences, after a prompt of one token."""
-    rows = []
     size = "quick" if m.quick else "1.3B"
-    with torch.no_grad():
+    head = ("sequences", "", "µs a step", "of the speed of memory", "tokens/s")
+    with torch.no_grad(), rows(f"Decoding, Mamba-2 of {size}", *head):
         ours = model("mamba2", size, m.device).eval()
-        weights = weight_bytes(ours)
-        for batch in (1, 2) if m.quick else (1, 16, 64, 256):
-            token = torch.randint(50280, (batch,), device=m.device)
-            step = CapturedStep(ours, batch)
-            step(token)
-            run = step._graph.replay if step._graph is not None else partial(step, token)
-            took = statistics.median(tokens(m, run))
-            floor = (weights + 2 * states.nbytes(step._state)) / m.copies
-            rows.append((batch, "Longstate", f"{1e6 * took:,.0f}", f"{floor / took:.0%}", f"{batch / took:,.0f}"))
-        del ours, step
-        if find_spec("transformers") is not None:
-            peer = in_transformers("mamba2", size, m.device).eval()
-            for batch in (1, 2) if m.quick else (1, 64):
-                token = torch.randint(50280, (batch, 1), device=m.device)
-                cache = peer(token, use_cache=True).cache_params
-                at = torch.ones(1, dtype=torch.int64, device=m.device)
-                try:
-                    peer(token, cache_params=cache, use_cache=True)
-                    options: dict[str, Any] = {}
-                except ValueError:  # older releases ask for the place
-                    options = {"cache_position": at}
-                run = partial(peer, token, cache_params=cache, use_cache=True, **options)
-                took = statistics.median(tokens(m, run))
-                rows.append((batch, "transformers", f"{1e6 * took:,.0f}", "", f"{batch / took:,.0f}"))
-    print(f"### Decoding, Mamba-2 of {size}: {weights / 1e9:.2f} GB of weights\n")
-    table(("sequences", "", "µs a step", "of the speed of memory", "tokens/s"), *rows)
+        for batch in (1, 2) if m.quick else (1, 8, 16, 64, 256):
+            try:
+                took, floor = _step(m, ours, batch)
+            except Exception as failure:
+                row(batch, "Longstate", reason(failure), "", "")
+                continue
+            row(batch, "Longstate", f"{1e6 * took:,.0f}", f"{floor / took:.0%}", f"{batch / took:,.0f}")
+        del ours
+        for peer in beside(m, "transformers"):
+            try:
+                theirs = in_transformers("mamba2", size, m.device).eval()
+                for batch in (1, 2) if m.quick else (1, 64):
+                    took = _step_of_transformers(m, theirs, batch)
+                    row(batch, peer, f"{1e6 * took:,.0f}", "", f"{batch / took:,.0f}")
+            except Exception as failure:
+                row("", peer, reason(failure), "", "")
+
+
+def _step(m: Machine, ours: LanguageModel, batch: int) -> tuple[float, float]:
+    """Return the time of a step, and that of the bytes of its weights and states."""
+    token = torch.randint(50280, (batch,), device=m.device)
+    step = CapturedStep(ours, batch)
+    step(token)
+    run = step._graph.replay if step._graph is not None else partial(step, token)
+    return statistics.median(tokens(m, run)), (weight_bytes(ours) + 2 * states.nbytes(step._state)) / m.copies
+
+
+def _step_of_transformers(m: Machine, peer: torch.nn.Module, batch: int) -> float:
+    token = torch.randint(50280, (batch, 1), device=m.device)
+    cache = peer(token, use_cache=True).cache_params
+    options: dict[str, Any] = dict(cache_params=cache, use_cache=True)
+    try:
+        peer(token, **options)
+    except ValueError:  # older releases ask for the place
+        options["cache_position"] = torch.ones(1, dtype=torch.int64, device=m.device)
+    return statistics.median(tokens(m, partial(peer, token, **options)))
 
 
 def tokens(m: Machine, run: Callable[[], Any], count: int = 32) -> list[float]:
@@ -538,45 +550,54 @@ def tokens(m: Machine, run: Callable[[], Any], count: int = 32) -> list[float]:
 
 def train(m: Machine) -> None:
     """Time a training step: forward, backward and AdamW, of 8 sequences of 2,048 tokens."""
-    rows = []
     size, shape = ("quick", (2, 32)) if m.quick else ("130M", (8, 2048))
     batch = torch.randint(50280, (shape[0], shape[1] + 1), device=m.device)
-    for name in ("mamba", "mamba2"):
-        for side, build in {"Longstate": model, "transformers": in_transformers, "mamba-ssm": in_mamba_ssm}.items():
-            if find_spec(side.lower().replace("-", "_")) is None:
+    sides = {"Longstate": model, "transformers": in_transformers, "mamba-ssm": in_mamba_ssm}
+    names = ["Longstate", *beside(m, "mamba-ssm", "transformers")]
+    title = f"A training step, {size}, {shape[0]} × {shape[1]:,} tokens, bfloat16"
+    with rows(title, "model", "", "ms", "of 6 · parameters · tokens at the speed of products"):
+        for side in names:
+            if side == "transformers" and not m.quick and not (find_spec("mamba_ssm") and find_spec("causal_conv1d")):
+                row("", side, "left out: without mamba-ssm and causal-conv1d it keeps 80 to 150 GB of activations", "")
                 continue
-            built = build(name, size, m.device).train()
-            optimizer = torch.optim.AdamW(built.parameters(), 1e-4, fused=m.device.type == "cuda")
+            for name in ("mamba", "mamba2"):
+                try:
+                    took, parameters = _training_step(m, side, sides[side](name, size, m.device).train(), batch)
+                except Exception as failure:
+                    row(name, side, reason(failure), "")
+                    continue
+                work = 6 * parameters * shape[0] * shape[1]
+                row(name, side, f"{1e3 * took:.1f}", f"{work / took / m.multiplies:.1%}")
 
-            def step(built: Any = built, side: str = side, optimizer: Any = optimizer) -> None:
-                inputs, targets = batch[:, :-1], batch[:, 1:]
-                given = dict(use_cache=False) if side == "transformers" else {}
-                logits = built(inputs)[0] if side == "Longstate" else built(inputs, **given).logits
-                functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
 
-            took = statistics.median(tokens(m, step, 4))
-            work = 6 * sum(p.numel() for p in built.parameters()) * shape[0] * shape[1]
-            rows.append((name, side, f"{1e3 * took:.1f}", f"{work / took / m.multiplies:.1%}"))
-            del built, optimizer, step
-    print(f"### A training step, {size}, {shape[0]} × {shape[1]:,} tokens, bfloat16\n")
-    table(("model", "", "ms", "of 6 · parameters · tokens at the speed of products"), *rows)
+def _training_step(m: Machine, side: str, built: Any, batch: Tensor) -> tuple[float, int]:
+    """Return the time of a step and the number of parameters."""
+    optimizer = torch.optim.AdamW(built.parameters(), 1e-4, fused=m.device.type == "cuda")
+
+    def step() -> None:
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        given = dict(use_cache=False) if side == "transformers" else {}
+        logits = built(inputs)[0] if side == "Longstate" else built(inputs, **given).logits
+        functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return statistics.median(tokens(m, step, 4)), sum(p.numel() for p in built.parameters())
 
 
 def attention(m: Machine) -> None:
     """Time linear attention as Mamba-2 has it beside causal softmax attention of the same width, forward."""
-    rows = []
-    for length in (32, 64) if m.quick else (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
-        case = linear_attention(m, "step", 1, length, 24, 128, 64, 1)
-        qkv = [randn(m, 1, 24, length, 64) for _ in range(3)]
-        softmax = partial(functional.scaled_dot_product_attention, *qkv, is_causal=True)
-        with torch.no_grad():
-            linear, _ = seconds(m, partial(case.call, **case.given))
-            quadratic, _ = seconds(m, softmax)
-        rows.append((f"{length:,}", f"{1e6 * linear:,.0f}", f"{1e6 * quadratic:,.0f}", f"{quadratic / linear:.2f}"))
-    print("### Linear and softmax attention, 24 heads of 64 values, forward\n")
-    table(("steps", "linear, µs", "softmax, µs", "ratio"), *rows)
+    with rows(
+        "Linear and softmax attention, 24 heads of 64 values, forward", "steps", "linear, µs", "softmax, µs", "ratio"
+    ):
+        for length in (32, 64) if m.quick else (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
+            case = linear_attention(m, "step", 1, length, 24, 128, 64, 1)
+            qkv = [randn(m, 1, 24, length, 64) for _ in range(3)]
+            softmax = partial(functional.scaled_dot_product_attention, *qkv, is_causal=True)
+            with torch.no_grad():
+                linear, _ = seconds(m, partial(case.call, **case.given))
+                quadratic, _ = seconds(m, softmax)
+            row(f"{length:,}", f"{1e6 * linear:,.0f}", f"{1e6 * quadratic:,.0f}", f"{quadratic / linear:.2f}")
 
 
 def main() -> None:
@@ -584,6 +605,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts, with commas between them; all if left out")
     parser.add_argument("--ops", default="", help="ops, with commas between them; all if left out")
+    parser.add_argument("--shapes", default="", help="a part of the names of the shapes to take")
+    parser.add_argument(
+        "--peers", default="", help="peers, with commas between them; all that are installed if left out"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
@@ -592,7 +617,7 @@ def main() -> None:
         sys.exit("There is no GPU. --quick shows on a CPU that the script runs, with the kernels for CPUs.")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     print(f"{name}; torch {torch.__version__}; " + ", ".join(f"{x} {installed(x)}" for x in PEERS))
-    machine = ceilings(device, arguments.repeats, arguments.quick)
+    machine = ceilings(device, arguments.repeats, arguments.quick, arguments.peers)
     print(
         f"copy {machine.copies / 1e12:.2f} TB/s, bfloat16 product {machine.multiplies / 1e12:.0f} TFLOP/s.\n",
         flush=True,
@@ -601,15 +626,23 @@ def main() -> None:
     parts = {
         "start": partial(start, machine),
         "products": partial(products, machine),
-        "kernels": partial(kernels, machine, [x for x in arguments.ops.split(",") if x]),
+        "kernels": partial(kernels, machine, [x for x in arguments.ops.split(",") if x], arguments.shapes),
         "decode": partial(decode, machine),
         "train": partial(train, machine),
         "attention": partial(attention, machine),
     }
-    for part in arguments.only.split(",") if arguments.only else parts:
-        if part not in parts:
-            parser.error(f"--only: there is no part {part!r}; there are {', '.join(parts)}")
-        parts[part]()
+    asked = arguments.only.split(",") if arguments.only else list(parts)
+    if unknown := [part for part in asked if part not in parts]:
+        parser.error(f"--only: there is no part {unknown[0]!r}; there are {', '.join(parts)}")
+    failed = []
+    for part in asked:
+        try:
+            parts[part]()
+        except Exception:  # the rest goes on
+            traceback.print_exc()
+            failed.append(part)
+    if failed:
+        sys.exit(f"These parts failed: {', '.join(failed)}.")
 
 
 def installed(name: str) -> str:

@@ -172,3 +172,15 @@ def test_the_one_state_or_the_other_for_each_sequence() -> None:
     for i, source in enumerate((one, other, one)):
         for x, y in zip(leaves(chosen), leaves(source), strict=True):
             assert torch.equal(x[i], y[i])
+
+
+def test_copying_into_memory_that_the_state_lies_in_itself() -> None:
+    """A new state may be made of views of the old one: all of it is read before any is written."""
+    a, b = torch.tensor([1.0]), torch.tensor([2.0])
+    memory = (a, b)
+    state.copy_into((torch.tensor([9.0]), a), memory)
+    assert (a.item(), b.item()) == (9, 1)
+    state.copy_into((b, a), memory)
+    assert (a.item(), b.item()) == (1, 9)
+    with pytest.raises(ValueError, match=r"shape \[2\] came, the memory is of \[1\]"):
+        state.copy_into((a, torch.zeros(2)), memory)

@@ -173,6 +173,19 @@ def test_long_sums_keep_their_digits() -> None:
     assert abs(got - wanted) <= (6 + 5 + 2) * 2**-24 * wanted  # numbers of sums, sums of 32 of them, and of sums
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_nothing_stays_nothing_however_much_it_would_grow(dtype: torch.dtype) -> None:
+    """A segment's product of coefficients is beyond every float; a state of zero before it does not become NaN."""
+    a, b = torch.full((1, 700, 8), 2.0, dtype=dtype), torch.zeros(1, 700, 8, dtype=dtype)
+    b[:, 690] = 1
+    with kernels.TILES.force(dict(width=8, steps=8, programs=4)):
+        assert kernels._split(b, 1, 700, 8, b.is_complex())[1][1] > 1
+        h, final = ops.scan(a, b, backend="triton")
+    assert torch.equal(h[:, 690:, 0].real, 2.0 ** torch.arange(10)[None]) and not h[:, :690].any()
+    assert torch.equal(final, h[:, -1])
+
+
 @pytest.mark.compiled
 @pytest.mark.skipif(_triton.interpreted, reason="compiles nothing")
 @pytest.mark.parametrize("kind", ["step", "fixed complex"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from .. import ops
 from .._files import replacing
 from .._shapes import Tensor
 from ..ops import _triton
+from ._timing import seconds
 
 Workload = Callable[[], Any]
 Table = _triton.Table
@@ -95,34 +94,18 @@ def _both(name: str, op: Callable[..., Any], given: Mapping[str, Tensor], steps:
         yield f"{name}, backward", backward
 
 
-def seconds(device: torch.device, call: Workload, repeats: int = 9) -> float:
-    """Return the median time of a call."""
-    times = []
-    for i in range(-1, repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i >= 0:
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def best(tiles: _triton.Tiles, start: Mapping[str, int], measure: Callable[[], float]) -> tuple[dict[str, int], float]:
     """Return the best choice found and its time: one size after the other is changed while that helps.
 
-    A choice that the GPU has no room for is passed over.
+    A choice that the compiler refuses, or that the GPU has no room for, is passed over.
     """
+    from triton.errors import TritonError
 
     def tried(choice: Mapping[str, int]) -> float:
         try:
             with tiles.force(choice):
                 return measure()
-        except Exception as error:  # Triton's errors of too few resources have no common ancestor but this
-            if "resource" not in str(error).lower() and "shared memory" not in str(error).lower():
-                raise
+        except TritonError:
             return float("inf")
 
     choice, least = dict(start), tried(start)
@@ -137,8 +120,10 @@ def best(tiles: _triton.Tiles, start: Mapping[str, int], measure: Callable[[], f
     return choice, least
 
 
-def tune(device: torch.device, only: str = "", small: bool = False, say: Callable[[str], object] = print) -> Table:
-    """Return a table of the best tiles found for the kernels of all workloads on this device.
+def tune(
+    device: torch.device, only: str = "", small: bool = False, say: Callable[[str], object] = print
+) -> Iterator[Table]:
+    """Yield the best tiles found for the kernels of all workloads on this device, a table of one row each.
 
     Args:
         device: A GPU (or the CPU under Triton's interpreter, where it means nothing).
@@ -152,8 +137,8 @@ def tune(device: torch.device, only: str = "", small: bool = False, say: Callabl
     if _triton.reason or not (device.type == "cuda" or _triton.interpreted):
         raise ValueError(f"tune(device={str(device)!r}): {_triton.reason or 'there is no GPU'}. Give a GPU.")
     where = _triton.architecture(device) if device.type == "cuda" else "interpreter"
-    found: dict[str, dict[tuple[tuple[str, int], ...], dict[str, int]]] = {}
-    names = set()
+    repeats = 1 if small else 9
+    found, names = set(), set()
     for name, call in workloads(device, small):
         names.add(name.split()[0])
         if only not in name:
@@ -161,22 +146,16 @@ def tune(device: torch.device, only: str = "", small: bool = False, say: Callabl
         with _triton.asked() as asked:
             call()
         for tiles, sizes in asked:
-            rows = found.setdefault(tiles.kernel, {})
-            if tuple(sizes.items()) in rows or not tiles.space:
+            if (key := (tiles.kernel, *sizes.items())) in found or not tiles.space:
                 continue
-            before = seconds(device, call, 1 if small else 9)
+            found.add(key)
+            before, why = seconds(device, call, repeats)
             start = {x: y for x, y in tiles.default.items() if x in tiles.space}
-            choice, took = best(tiles, start, partial(seconds, device, call, 1 if small else 9))
-            rows[tuple(sizes.items())] = choice
-            say(f"{name}: {tiles.kernel} {sizes}: {before * 1e6:.0f} → {took * 1e6:.0f} µs with {choice}")
+            choice, took = best(tiles, start, lambda call=call: seconds(device, call, repeats)[0])  # type: ignore[misc]
+            say(f"{name}: {tiles.kernel} {sizes}: {before * 1e6:.0f} → {took * 1e6:.0f} µs with {choice} {why}")
+            yield {where: {tiles.kernel: [{"sizes": sizes, "use": choice}]}}
     if not found:
         raise ValueError(f"tune(only={only!r}): no workload is called so; there are some of {', '.join(sorted(names))}")
-    return {
-        where: {
-            kernel: [{"sizes": dict(sizes), "use": use} for sizes, use in rows.items()]
-            for kernel, rows in found.items()
-        }
-    }
 
 
 def merged(old: Table, new: Table) -> Table:

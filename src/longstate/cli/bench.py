@@ -30,7 +30,8 @@ def tune(
 
     path = out or Path(str(resources.files("longstate.ops").joinpath("tuned.json")))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    found = tuned(device, only, say=typer.echo)
-    old = _triton.read_table(path) if path.exists() else {}
-    write(merged(old, found), path)
+    table = _triton.read_table(path) if path.exists() else {}
+    for found in tuned(device, only, say=typer.echo):
+        table = merged(table, found)
+        write(table, path)  # each time: what was found so far is kept if this is broken off
     typer.echo(f"Written to {path}.")

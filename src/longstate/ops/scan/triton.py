@@ -171,8 +171,7 @@ def _run(
         hr, hi = _before(initial, ends, hr, hi, batch, batches, segment, plane, width, c, known, PAIRS)
     row = tl.arange(0, STEPS)
     way = -row if BACK else row
-    count = length + (1 if BACK else 0)
-    stop = tl.minimum(count, (segment + 1) * span)
+    stop = tl.minimum(length + (1 if BACK else 0), (segment + 1) * span)
     for begin in range(segment * span, stop, STEPS):
         i = begin + row
         t = length - 1 - i if BACK else i
