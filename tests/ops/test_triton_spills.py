@@ -1,13 +1,16 @@
-"""Kernels compiled for a GPU that is not there, at the sizes of models: all that a program holds is in registers."""
+"""Kernels compiled for a GPU that is not there, at the sizes of models: all that a program holds is in registers, and
+warps wait for one another where they must."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from targets import compiling, resources
+from longstate.ops import _triton
+from targets import Binary, compiling, resources
 
 pytestmark = pytest.mark.compiled
 pytest.importorskip("triton")
@@ -71,3 +74,32 @@ def test_nothing_is_spilled(start: Callable[[], None]) -> None:
     for binary in found:
         assert "STACK:0 " in resources(binary), (binary.name, resources(binary))
         assert binary.shared < 113 * 1024, "two programs go side by side"
+
+
+def order(binary: Binary) -> list[str]:
+    """Return a kernel's reads and writes of memory, and where its warps wait for one another."""
+    return re.findall(r"\b(?:ld\.global|st\.global|cp\.async|bar\.sync)", binary.compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+def test_steps_in_place_wait_before_they_write(warps: int) -> None:
+    """Several warps may read the same numbers of a state: all of them have when one writes the next."""
+    from longstate.ops.linear.triton import Taps, product
+    from longstate.ops.scan import triton as scans
+    from longstate.ops.selective_scan import triton as selective
+
+    x, weight = torch.empty(1, 2048), torch.empty(4096, 2048)
+    taps = Taps(weight[:, :4].contiguous(), weight[:, 0].contiguous(), torch.empty(1, 3, 4096), 0)
+    with compiling() as found:
+        product(x, weight, None, None, x.dtype, None, taps)
+    steps = order(found[0])
+    assert steps[steps.index("st.global") - 1] == "bar.sync", "the window is written first"
+
+    u, A, B = torch.empty(2, 1, 64), torch.empty(64, 4), torch.empty(2, 1, 4)
+    given = (None, torch.empty(2, 64, 4), *[None] * 4, True, True, 0)
+    with compiling() as found, _triton.in_place():
+        with scans.TILES.force({"warps": warps}), selective.TILES.force({"warps": warps}):
+            scans.scan(u, u, torch.empty(2, 64), None, None)
+            selective.selective_scan(u, u, A, B, B, *given)
+    for binary in found:
+        assert order(binary)[-2:] == ["bar.sync", "st.global"], "the state is written last"
