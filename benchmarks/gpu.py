@@ -325,10 +325,9 @@ def gradients(call: Callable[..., Any], given: dict[str, Tensor], grads: list[Te
 
 def error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Return the largest difference, relative to the largest number of each tensor; not-a-number if there is one."""
-    return max(
-        float(((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-9)).item())
-        for x, y in zip(found, wanted, strict=True)
-    )
+    pairs = zip(found, wanted, strict=True)
+    errors = [(x.double() - y).abs().max() / y.abs().max().clamp(min=1e-9) for x, y in pairs]
+    return float(torch.stack(errors).max().item())  # Python's max would pass over what is not a number
 
 
 def check(problem: Problem) -> tuple[float, float]:
