@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py [--only PART,…] [--ops scan,…] [--shapes b8] [--peers fla,…] [--repeats 20] [--quick]
 
-Parts: start, kernels, products, decode, train, attention. Peers, as far as they are installed: fla-core (pip install
-fla-core), mamba-ssm, causal-conv1d, transformers. fla-core tries hundreds of
-configurations for each shape, a quarter of an hour for an op: --shapes takes those with such a part in their names.
-Rows are printed as they are found, and a part or a peer that fails says so; --peers none is ours alone.
+Parts: start, kernels, products, decode, train, attention. Peers, as far as they are installed: fla (pip install
+fla-core), mamba-ssm, causal-conv1d, transformers, torch; --peers none is ours alone. fla tries hundreds of
+configurations for each shape, which may take a quarter of an hour for an op: --shapes takes those with such a part in
+their names. Rows are printed as they are found, and the rest goes on where a part or a peer fails; if it was ours, or
+an error of ours is larger than 0.05 of the largest number, the script ends with a status that says so.
 
 First the ceilings of the machine are measured: a copy of 4 GiB (bytes read and written) and a product of 8192 × 8192
 matrices in bfloat16. "start" times the first call of every kernel in a process of its own that finds nothing compiled.
@@ -346,28 +347,37 @@ def check(problem: Problem) -> tuple[float, float]:
 def kernels(m: Machine, only: list[str], part: str) -> None:
     """Check and time every kernel and its peers."""
     head = ("shape", "", "error", "forward, µs", "of floor", "× ours", "with backward, µs", "of floor", "× ours")
-    for op, cases in problems(m).items():
+    wrong, found = [], problems(m)
+    if unknown := [op for op in only if op not in found]:
+        raise ValueError(f"--ops: there is no op {unknown[0]!r}; there are {', '.join(found)}")
+    for op, cases in found.items():
         if not only or op in only:
             with rows(op, *head):
-                for case in cases:
-                    if part in case.shape:
-                        measured(m, case)
+                wrong += [f"{op} {case.shape}" for case in cases if part in case.shape and not measured(m, case)]
+    if wrong:
+        raise ValueError(f"not computed, or too inexactly: {'; '.join(wrong)}")
 
 
-def measured(m: Machine, case: Problem) -> None:
-    """Print the rows of a problem: ours, then each peer."""
-    ours = [0.0, 0.0]
+def measured(m: Machine, case: Problem) -> bool:
+    """Print the rows of a problem, ours, then each peer; return whether ours is right."""
+    ours, right = [0.0, 0.0], False
     for name, call in {"Longstate": case.call, **{peer: case.peers[peer] for peer in beside(m, *case.peers)}}.items():
         cells = [case.shape, name]
         try:
+            if call is case.call:
+                errors = check(case)
+                right = all(x <= 0.05 for x in errors)  # bfloat16 and long sums: what is wrong errs by its size
+                cells.append("{:.1e}, {:.1e}".format(*errors))
             cells += _cells(m, case, call, ours)
         except Exception as failure:  # the rest goes on
-            cells += [reason(failure)] + [""] * 6
+            right = right and call is not case.call
+            cells += [reason(failure)] + [""] * (8 - len(cells))
         row(*cells)
+    return right
 
 
 def _cells(m: Machine, case: Problem, call: Callable[..., Any], ours: list[float]) -> list[str]:
-    """Return errors, times, shares of the floors and ratios of a call; ours writes its times down."""
+    """Return a peer's error, times, shares of the floors and ratios of a call; ours writes its times down."""
     given = {name: x.detach().requires_grad_() for name, x in case.given.items()}
     with torch.no_grad():
         outputs = first(case.call(**case.given))
@@ -375,10 +385,9 @@ def _cells(m: Machine, case: Problem, call: Callable[..., Any], ours: list[float
     # Backward: inputs and the gradients of outputs are read, those of inputs written.
     floors = [(read + written) / m.copies, (3 * read + 2 * written) / m.copies]
     floors = [max(floors[0], case.products[0] / m.multiplies), max(floors[1], sum(case.products) / m.multiplies)]
-    if call is case.call:
-        cells = ["{:.1e}, {:.1e}".format(*check(case))]
-    else:
-        cells = [f"{error(first(call(**case.given))[:1], [outputs[0].double()]):.1e}"]
+    cells = []
+    if call is not case.call:
+        cells.append(f"{error(first(call(**case.given))[:1], [outputs[0].double()]):.1e}")
     grads = [torch.randn_like(x) for x in first(call(**given))[:1]]
 
     def forward() -> None:

@@ -136,6 +136,8 @@ def tune(
     """
     if _triton.reason or not (device.type == "cuda" or _triton.interpreted):
         raise ValueError(f"tune(device={str(device)!r}): {_triton.reason or 'there is no GPU'}. Give a GPU.")
+    from triton.errors import TritonError
+
     where = _triton.architecture(device) if device.type == "cuda" else "interpreter"
     repeats = 1 if small else 9
     found, names = set(), set()
@@ -143,8 +145,12 @@ def tune(
         names.add(name.split()[0])
         if only not in name:
             continue
-        with _triton.asked() as asked:
-            call()
+        try:
+            with _triton.asked() as asked:
+                call()
+        except TritonError as error:
+            say(f"{name}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+            continue
         for tiles, sizes in asked:
             if (key := (tiles.kernel, *sizes.items())) in found or not tiles.space:
                 continue

@@ -43,23 +43,10 @@ class CapturedStep:
 
     def __init__(self, model: LanguageModel, batch_size: int) -> None:
         device = next(model.parameters()).device
-        before = model.initial_state(batch_size)
-        for i, layer in enumerate(before):
-            if layer is None or states.growing(layer):
-                what = "no state" if layer is None else "a state that grows with what was read"
-                raise ValueError(
-                    f"CapturedStep: layers[{i}] ({model.config['layers'][i]!r:.80}) has {what}; a graph needs memory of"
-                    " a fixed size. Call the model itself."
-                )
+        _refuse(model)
         self.model = model
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        if any(isinstance(part, Experts) for part in model.modules()):
-            raise ValueError(
-                "CapturedStep: the model has experts, and which of them are computed is not known before each token."
-                " Call the model itself."
-            )
-        self._state = states.copy(before)
-        del before, layer  # states of many sequences: they are in memory once while the graph is made
+        self._state = states.copy(model.initial_state(batch_size))
         self._value: Any = None  # of the states as they are now, if it is known
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
@@ -121,3 +108,19 @@ class CapturedStep:
         else:
             self._graph.replay()
         return self._logits
+
+
+def _refuse(model: LanguageModel) -> None:
+    """Raise if there can be no graph of a model's step."""
+    for i, layer in enumerate(model.initial_state(1)):
+        if layer is None or states.growing(layer):
+            what = "no state" if layer is None else "a state that grows with what was read"
+            raise ValueError(
+                f"CapturedStep: layers[{i}] ({model.config['layers'][i]!r:.80}) has {what}; a graph needs memory of"
+                " a fixed size. Call the model itself."
+            )
+    if any(isinstance(part, Experts) for part in model.modules()):
+        raise ValueError(
+            "CapturedStep: the model has experts, and which of them are computed is not known before each token."
+            " Call the model itself."
+        )

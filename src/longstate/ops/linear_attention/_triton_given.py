@@ -43,8 +43,7 @@ class Given:
 
     @property
     def precision(self) -> str:
-        """How the kernels multiply what is not bfloat16: float16 is exact in tf32, and what it
-        is multiplied with errs by 2⁻¹⁰."""
+        """How the kernels multiply what is not bfloat16: float16 is exact in tf32, float32 errs by 2⁻¹⁰."""
         return "ieee" if self.exact else "tf32"
 
     def operands(self) -> torch.dtype:
